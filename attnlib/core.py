@@ -1,0 +1,144 @@
+"""The vocabulary: a shape, a variant, the symbols of its formulas, and the oracle that defines correctness."""
+
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import sympy
+import torch
+
+# B batch, H heads, N sequence length, D head dimension, e bytes per element; c is 1 with a causal mask and 0 without.
+B, H, N, D, e = SYMBOLS = sympy.symbols("B H N D e", positive=True, integer=True)
+c = sympy.Symbol("c", nonnegative=True, integer=True)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class AttnError(Exception):
+    """Something the user can mend: its text is one clear line, shown without a traceback by the commands."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of one attention call: q, k, v and o are `[batch, heads, seq_len, head_dim]` of `dtype`.
+
+    Raises AttnError for a size that is not a positive integer, an unknown dtype, or a `causal` that is not a bool.
+    """
+
+    batch: int
+    heads: int
+    seq_len: int
+    head_dim: int
+    dtype: str = "float32"
+    causal: bool = False
+
+    def __post_init__(self):
+        for name in ("batch", "heads", "seq_len", "head_dim"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+                raise AttnError(f"{name} must be a positive integer, not {size!r}")
+            object.__setattr__(self, name, int(size))
+        if self.dtype not in DTYPES:
+            raise AttnError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if not isinstance(self.causal, bool):
+            raise AttnError(f"causal must be True or False, not {self.causal!r}")
+
+    @property
+    def element_size(self) -> int:
+        """Bytes per element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of q, k and v together."""
+        return 3 * self.batch * self.heads * self.seq_len * self.head_dim * self.element_size
+
+    def inputs(self, device="cpu", seed=0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v `[B, H, N, D]` from a standard normal distribution, requiring gradients."""
+        generator = torch.Generator(device).manual_seed(seed)
+        size = (self.batch, self.heads, self.seq_len, self.head_dim)
+        draw = lambda: torch.randn(size, dtype=DTYPES[self.dtype], device=device, generator=generator)  # noqa: E731
+        return tuple(draw().requires_grad_() for _ in range(3))
+
+    def evaluate(self, expression) -> int:
+        """The value of a formula in B, H, N, D, e and c at this shape, an exact integer."""
+        sizes = (self.batch, self.heads, self.seq_len, self.head_dim, self.element_size)
+        return int(sympy.sympify(expression).subs({**dict(zip(SYMBOLS, sizes, strict=True)), c: int(self.causal)}))
+
+    def columns(self) -> dict:
+        """The columns that name this shape in every table."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Phases:
+    """One formula for the forward pass and one for the backward pass, in B, H, N, D, e and c."""
+
+    forward: sympy.Expr
+    backward: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Law:
+    """Bytes above the inputs, as named terms `{name: formula}`.
+
+    saved: alive between forward and backward, the output included; forward_peak and backward_peak: the most alive at
+    once in that phase, the latter with the upstream gradient. Each holds where N exceeds D a few times over, so that
+    the score matrices decide where the peak is.
+    """
+
+    saved: dict[str, sympy.Expr]
+    forward_peak: dict[str, sympy.Expr]
+    backward_peak: dict[str, sympy.Expr]
+
+    def bytes(self, account: str, shape: Shape) -> int:
+        """The sum of the terms of `account` ("saved", "forward_peak" or "backward_peak") at `shape`, in bytes."""
+        return shape.evaluate(sum(getattr(self, account).values()))
+
+
+def dense_reach(seq_len: int, causal: bool) -> torch.Tensor:
+    """`[N, N]`: how many times query i sees key j in dense attention: once, or not at all where j > i if causal."""
+    ones = torch.ones(seq_len, seq_len, dtype=torch.float64)
+    return ones.tril() if causal else ones
+
+
+def needs_dtype(shape: Shape, device: torch.device) -> str | None:
+    """The reason why `device` lacks the shape's dtype, or None."""
+    device = torch.device(device)
+    if shape.dtype == "bfloat16" and device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic (needs compute capability 8.0)"
+    return None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute attention, with all that is known about it before it runs.
+
+    name: the word used everywhere. fn: `(q, k, v, *, causal) -> o`, all `[B, H, N, D]`. reach: `(N, causal) -> [N, N]`
+    or `[H, N, N]`, how many times query i sees key j. law: its memory. flops: floating-point operations of its matrix
+    products (a multiply-add is two). traffic: bytes its operations read and write, each operand once per operation.
+    needs: `(shape, device) -> None`, or the reason why it cannot run there.
+    """
+
+    name: str
+    fn: Callable
+    law: Law
+    flops: Phases
+    traffic: Phases
+    reach: Callable = dense_reach
+    needs: Callable = needs_dtype
+
+
+def oracle(q, k, v, reach):
+    """Attention in float64, the definition every variant is tested against: softmax(q kᵀ/√D + log reach) v.
+
+    q, k, v: `[B, H, N, D]`, any dtype; reach: `[N, N]` or `[H, N, N]`, how many times query i sees key j. Returns o
+    `[B, H, N, D]` in float64, differentiable. A query that sees no key gives 0, with gradient 0.
+    """
+    q, k, v = (x.double() for x in (q, k, v))
+    sees_any = (reach.sum(-1, keepdim=True) > 0).to(q)
+    bias = torch.where(sees_any.bool(), reach.to(q).log(), 0.0)
+    weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + bias, dim=-1)
+    return weights * sees_any @ v

@@ -1,0 +1,165 @@
+"""The device: which one it is, how its time is taken, what state it is in, and how fast it can go at best."""
+
+import hashlib
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from torch.utils.benchmark import Timer
+
+from attnlib.core import DTYPES, AttnError
+
+PASSES = 100  # the published protocol's number of timed passes
+
+
+def resolve(name: str) -> str:
+    """The torch device that `name` means: "auto" (the first GPU, else the CPU), "cpu", "cuda" or "cuda:1".
+
+    Raises AttnError for anything else, and for a GPU that is not there.
+    """
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return "cuda:0" if gpus else "cpu"
+    if name == "cpu":
+        return name
+    if not (match := re.fullmatch(r"cuda(?::(\d+))?", name)):
+        raise AttnError(f"device must be auto, cpu, cuda or cuda:<index>, not {name!r}")
+    index = int(match[1] or 0)
+    if index >= gpus:
+        raise AttnError(f"device {name} is not there: torch {torch.__version__} sees {gpus} GPU(s)")
+    return f"cuda:{index}"
+
+
+def slug(name: str) -> str:
+    """The folder name of a device: "NVIDIA H200" becomes "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells it, else its architecture."""
+    try:
+        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
+    except (OSError, TypeError):
+        return f"CPU {platform.processor() or platform.machine()}"
+
+
+def memory_free(device: str) -> int:
+    """Bytes that a new allocation can get: the GPU's free memory, or on the CPU the machine's or the container's."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        return min(free, limit)
+    except (OSError, ValueError):
+        return free
+
+
+def describe(device: str) -> dict:
+    """What `device` is and which versions run on it. Call it in a worker: on a GPU it makes a CUDA context.
+
+    `machine` is a digest of all of it and of the host's name: rows of the same digest may stand in one file.
+    """
+    facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    if device == "cpu":
+        facts |= {"name": cpu_name(), "memory_bytes": psutil.virtual_memory().total}
+    else:
+        import triton
+
+        gpu = torch.cuda.get_device_properties(device)
+        facts |= {"name": gpu.name, "memory_bytes": gpu.total_memory, "triton": triton.__version__}
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        facts |= {"compute_capability": f"{gpu.major}.{gpu.minor}", "l2_bytes": gpu.L2_cache_size}
+        facts |= {"multiprocessors": gpu.multi_processor_count}
+    digest = hashlib.sha256(repr((platform.node(), sorted(facts.items()))).encode()).hexdigest()[:12]
+    return {"machine": digest, "slug": slug(facts["name"]), **facts}
+
+
+def state(device: str) -> dict:
+    """`sm_clock_mhz, power_w, temperature_c` of the device now, as far as it tells."""
+    if device == "cpu":
+        clock = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
+        return {"clock_mhz": clock.current} if clock else {}
+    readers = {
+        "clock_mhz": lambda: torch.cuda.clock_rate(device),
+        "power_w": lambda: torch.cuda.power_draw(device) / 1000,
+        "temperature_c": lambda: torch.cuda.temperature(device),
+    }
+    seen = {}
+    for name, read in readers.items():
+        try:
+            seen[name] = read()
+        except Exception:  # a driver that hides one of them must not cost the measurement
+            continue
+    return seen
+
+
+def time_passes(fn, device: str, budget_s: float) -> list[float]:
+    """Milliseconds of up to 100 calls of `fn`, as many as fit in `budget_s` seconds, at least one, after warm-ups.
+
+    On CUDA by triton.testing.do_bench: device events, the L2 cache flushed before each pass, seven warm-ups of its own
+    beside the one that estimates. On the CPU by torch.utils.benchmark.Timer with all of torch's threads, after five
+    warm-ups (fewer where they alone would use up half the budget); where a pass is shorter than about a millisecond
+    each figure is the mean over a block of passes.
+    """
+    started, warm_ups = time.perf_counter(), 0
+    while warm_ups < (5 if device == "cpu" else 2) and time.perf_counter() - started < budget_s / 2:
+        begun = time.perf_counter()
+        fn()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        estimate_s, warm_ups = time.perf_counter() - begun, warm_ups + 1
+    span_s = min(budget_s, PASSES * estimate_s)
+    if device == "cpu":
+        timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
+        return [1e3 * s for s in timer.blocked_autorange(min_run_time=span_s).times[:PASSES]]
+    from triton.testing import do_bench
+
+    with torch.cuda.device(device):
+        return do_bench(fn, warmup=0, rep=1e3 * span_s, return_mode="all")[:PASSES]
+
+
+def median(values) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
+
+
+def ceilings(device: str, budget_s: float = 0.3) -> dict:
+    """How fast the device goes at best, as measured now; three numbers explain most of what attention costs.
+
+    launch_us: one operation on one element, its overhead and nothing else. copy_gb_s: `{bytes: rate}`, a copy between
+    two tensors of that many bytes, counting bytes read and written. gemm_tflop_s: `{dtype: rate}`, a square matrix
+    product, a multiply-add counted as two operations.
+    """
+    one = torch.ones(1, device=device)
+
+    def launch():
+        for _ in range(100):
+            one.add_(1)
+
+    found = {
+        "launch_us": median(time_passes(launch, device, budget_s)) * 1e3 / 100,
+        "copy_gb_s": {},
+        "gemm_tflop_s": {},
+    }
+    for log2 in range(20, 30 if device == "cpu" else 33, 3):
+        nbytes, repeats = 2**log2, max(1, 2 ** (26 - log2))
+        if 8 * nbytes > memory_free(device):
+            break
+        source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+
+        def copy(target=target, source=source, repeats=repeats):
+            for _ in range(repeats):
+                target.copy_(source)
+
+        found["copy_gb_s"][str(nbytes)] = 2 * nbytes * repeats / median(time_passes(copy, device, budget_s)) / 1e6
+    size = 512 if device == "cpu" else 8192
+    for name, dtype in DTYPES.items():
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        found["gemm_tflop_s"][name] = 2 * size**3 / median(time_passes(lambda a=a, b=b: a @ b, device, budget_s)) / 1e9
+    return found

@@ -1,0 +1,159 @@
+"""Plain attention, softmax(QKᵀ/√D)V, in the four ways people write it. All give the same output and gradients.
+
+They differ in what is alive when: each lists the N×N matrices it keeps for the backward pass (law.saved), the most it
+holds at once (the peaks), the operations it does (flops) and the bytes those move (traffic). Tensors are
+`[B, H, N, D]`. Source of the definition: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from attnlib.core import B, D, H, Law, N, Phases, Variant, c, e
+
+SCORES = B * H * N**2 * e  # one N×N matrix per batch entry and head
+LINEAR = B * H * N * D * e  # one tensor of the shape of q
+ROWS = B * H * N * e  # one number per row
+INDICES = 8 * B * H * N  # one int64 per row
+MASK = c * N**2  # one bool per pair, shared by batch and heads
+MATMUL = 2 * B * H * N**2 * D  # floating-point operations of QKᵀ, of PV and of each of their gradients
+
+
+def scaled_scores(q, k, causal):
+    """QKᵀ/√D `[B, H, N, N]`, minus infinity where key j lies after query i if causal."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    return scores
+
+
+def naive_custom(q, k, v, *, causal=False):
+    """o `[B, H, N, D]`, with the softmax written by hand: subtract the row maximum, exponentiate, sum, divide."""
+    scores = scaled_scores(q, k, causal)
+    exp = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
+    weights = exp / exp.sum(dim=-1, keepdim=True)
+    return weights @ v
+
+
+def naive(q, k, v, *, causal=False):
+    """o `[B, H, N, D]`, with torch.softmax."""
+    return torch.softmax(scaled_scores(q, k, causal), dim=-1) @ v
+
+
+class _WeightsOnly(torch.autograd.Function):
+    """Keeps q, k, v and the weights P alone; the backward pass is written out, dS = P ∘ (dP − rowsum(dP ∘ P))."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal):
+        weights = torch.softmax(scaled_scores(q, k, causal), dim=-1)
+        ctx.save_for_backward(q, k, v, weights)
+        return weights @ v
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, weights = ctx.saved_tensors
+        dv = weights.transpose(-2, -1) @ do
+        ds = do @ v.transpose(-2, -1)  # dP, turned into dS in place: a masked pair has P = 0, so its dS is 0 as well
+        ds.sub_((ds * weights).sum(dim=-1, keepdim=True)).mul_(weights)
+        scale = q.shape[-1] ** -0.5  # put on the N×D results: cheaper than on dS
+        return (ds @ k).mul_(scale), (ds.transpose(-2, -1) @ q).mul_(scale), dv, None
+
+
+def naive_weights_only(q, k, v, *, causal=False):
+    """o `[B, H, N, D]`, from an autograd function that keeps only the attention weights beside q, k, v."""
+    return _WeightsOnly.apply(q, k, v, causal)
+
+
+def naive_recompute(q, k, v, *, causal=False):
+    """o `[B, H, N, D]`, keeping no N×N matrix: torch.utils.checkpoint runs `naive` again when backward needs it."""
+    return checkpoint(naive, q, k, v, causal=causal, use_reentrant=False, preserve_rng_state=False)
+
+
+CUSTOM = Variant(
+    name="naive_custom",
+    fn=naive_custom,
+    law=Law(
+        saved={
+            "exp": SCORES,
+            "weights": SCORES,
+            "output": LINEAR,
+            "row sums": ROWS,
+            "row maximum's index": INDICES,
+            "mask": MASK,
+        },
+        forward_peak={
+            "scores": SCORES,
+            "exp": SCORES,
+            "weights": SCORES,
+            "output": LINEAR,
+            "row sums": ROWS,
+            "row maximum's index": INDICES,
+            "mask": MASK,
+        },
+        backward_peak={
+            "exp": SCORES,
+            "weights": SCORES,
+            "gradient of the weights": SCORES,
+            "gradient of exp": SCORES,
+            "intermediates of the division's gradient": 2 * SCORES,
+            "output": LINEAR,
+            "upstream gradient": LINEAR,
+            "dv": LINEAR,
+            "row sums": ROWS,
+            "row maximum's index": INDICES,
+            "mask": MASK,
+        },
+    ),
+    flops=Phases(2 * MATMUL, 4 * MATMUL),
+    traffic=Phases(
+        12 * SCORES + 4 * LINEAR + 4 * ROWS + INDICES + c * 2 * SCORES + 4 * MASK,
+        32 * SCORES + 8 * LINEAR + 8 * ROWS + INDICES + c * 2 * SCORES + MASK,
+    ),
+)
+
+_SOFTMAX_PEAK = {"scores": SCORES, "scaled scores": SCORES, "mask": MASK}
+_FORWARD_TRAFFIC = 6 * SCORES + 4 * LINEAR + c * 2 * SCORES + 4 * MASK
+_GRADIENTS = {
+    "weights": SCORES,
+    "gradient of the weights": SCORES,
+    "gradient of the scores": SCORES,
+    "output": LINEAR,
+    "upstream gradient": LINEAR,
+    "dv": LINEAR,
+}
+
+NAIVE = Variant(
+    name="naive",
+    fn=naive,
+    law=Law(
+        saved={"weights": SCORES, "output": LINEAR, "mask": MASK},
+        forward_peak=_SOFTMAX_PEAK,
+        backward_peak={**_GRADIENTS, "mask": MASK},
+    ),
+    flops=Phases(2 * MATMUL, 4 * MATMUL),
+    traffic=Phases(_FORWARD_TRAFFIC, 9 * SCORES + 8 * LINEAR + c * 2 * SCORES + MASK),
+)
+
+WEIGHTS_ONLY = Variant(
+    name="naive_weights_only",
+    fn=naive_weights_only,
+    law=Law(
+        saved={"weights": SCORES, "output": LINEAR},
+        forward_peak=_SOFTMAX_PEAK,
+        backward_peak={**_GRADIENTS, "row sums of the gradient": ROWS},
+    ),
+    flops=Phases(2 * MATMUL, 4 * MATMUL),
+    traffic=Phases(_FORWARD_TRAFFIC, 13 * SCORES + 12 * LINEAR + 2 * ROWS),
+)
+
+RECOMPUTE = Variant(
+    name="naive_recompute",
+    fn=naive_recompute,
+    law=Law(
+        saved={"output": LINEAR},
+        forward_peak=_SOFTMAX_PEAK,
+        backward_peak={**_GRADIENTS, "mask": MASK},
+    ),
+    flops=Phases(2 * MATMUL, 5 * MATMUL),  # QKᵀ once more; checkpoint stops before it would repeat PV
+    traffic=Phases(_FORWARD_TRAFFIC, 14 * SCORES + 10 * LINEAR + c * 4 * SCORES + 5 * MASK),
+)

@@ -1,0 +1,155 @@
+"""From finished data to a report: load the rows, check the claims, keep the figures. Nothing here touches the device."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import Markdown, display
+
+from attnlib import device as dev
+from attnlib.core import AttnError, Shape, Variant
+from attnlib.measure import COLUMNS, POINT, STATUSES, Worker, sweep
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is measured: seconds of timing per point, seconds after which a point is given up, folder suffix."""
+
+    budget_s: float
+    timeout_s: float
+    suffix: str
+
+
+PROFILES = {"quick": Profile(1.0, 60.0, "-quick"), "full": Profile(2.0, 300.0, "")}
+
+
+def profile(name: str) -> Profile:
+    """The profile called `name`. Raises AttnError, with the names there are, if there is none."""
+    if name not in PROFILES:
+        raise AttnError(f"profile must be one of {', '.join(PROFILES)}, not {name!r}")
+    return PROFILES[name]
+
+
+def write(path: Path, text: str):
+    """Write a file so that a reader sees the old text or the new one, never half of it. Raises AttnError if it can't."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.partial")
+        draft.write_text(text)
+        os.replace(draft, path)
+    except OSError as error:
+        raise AttnError(f"cannot write {path}: {error.strerror}") from error
+
+
+def devices() -> list[str]:
+    """The names of the folders of data/ that a report can be made from."""
+    return sorted(path.parent.name for path in (ROOT / "data").glob("*/machine.json"))
+
+
+def machines(folder: Path) -> dict[str, dict]:
+    """The machines that the CSVs of a folder were measured on: `{machine: description}`, from machine.json."""
+    try:
+        return json.loads((folder / "machine.json").read_text())
+    except (OSError, ValueError) as error:
+        raise AttnError(f"no data for device {folder.name!r} (there is: {', '.join(devices())})") from error
+
+
+def load(device: str, name: str) -> pd.DataFrame:
+    """The rows of data/<device>/<name>.csv, with the description of their machine in `.attrs["machine"]`.
+
+    Raises AttnError if there is no such file, if columns are missing, if a row is damaged, or if it holds rows of more
+    than one machine.
+    """
+    path = ROOT / "data" / device / f"{name}.csv"
+    known = machines(path.parent)
+    try:
+        rows = pd.read_csv(
+            path, keep_default_na=False, na_values={c: [""] for c in COLUMNS if c not in ("phase", "reason")}
+        )
+    except (OSError, ValueError) as error:
+        raise AttnError(f"cannot read {path.relative_to(ROOT)}: {error}") from error
+    if missing := [column for column in COLUMNS if column not in rows]:
+        raise AttnError(f"{path.relative_to(ROOT)} lacks the column(s) {', '.join(missing)}")
+    if rows.empty or not rows["status"].isin(STATUSES).all() or rows["machine"].nunique() != 1:
+        raise AttnError(f"{path.relative_to(ROOT)} is empty, damaged, or of more than one machine")
+    if (machine := rows["machine"].iloc[0]) not in known:
+        raise AttnError(f"{path.relative_to(ROOT)} was measured on {machine}, which machine.json does not describe")
+    rows.attrs["machine"] = known[machine]
+    return rows
+
+
+def published(name: str) -> pd.DataFrame:
+    """Another report's table, data/published/<name>.csv."""
+    return pd.read_csv(ROOT / "data" / "published" / f"{name}.csv")
+
+
+def say(text: str):
+    """Show a sentence with computed numbers in it as Markdown."""
+    display(Markdown(text))
+
+
+class Run:
+    """One notebook on one device: where its rows come from, and where its figures and claims go.
+
+    `device` is "auto", "cpu", "cuda" or "cuda:1", measured now; with `replay` it is a folder of data/ and nothing is
+    measured. Raises AttnError for an unknown device or profile, or a folder without data.
+    """
+
+    def __init__(self, notebook: str, device: str = "auto", profile_name: str = "full", replay: bool = False):
+        self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
+        if replay:
+            self.folder = device
+            self.machine = list(machines(ROOT / "data" / device).values())[-1]
+        else:
+            self.device, self.worker = dev.resolve(device), Worker()
+            self.machine = self.worker.call(dev.describe, self.device)
+            self.folder = self.machine["slug"] + self.profile.suffix
+        self.on_cpu = "cuda" not in self.machine
+
+    def sweep(self, name: str, points: list[tuple[Variant, Shape]]) -> pd.DataFrame:
+        """The rows of the experiment `name` at `points`: measured now, or loaded if this is a replay."""
+        if not self.replay:
+            folder = ROOT / "data" / self.folder
+            if "ceilings" not in self.machine:
+                self.machine["ceilings"] = self.worker.call(dev.ceilings, self.device)
+            texts = [path.read_text() for path in folder.glob("*.csv")]
+            kept = machines(folder) if (folder / "machine.json").exists() else {}
+            kept = {machine: facts for machine, facts in kept.items() if any(machine in text for text in texts)}
+            kept.pop(self.machine["machine"], None)
+            write(folder / "machine.json", json.dumps(kept | {self.machine["machine"]: self.machine}, indent=1) + "\n")
+            limits = {"budget_s": self.profile.budget_s, "timeout_s": self.profile.timeout_s}
+            path = folder / f"{name}.csv"
+            sweep(points, path, self.machine, device=self.device, worker=self.worker, **limits)
+        rows = load(self.folder, name)
+        self.machine = rows.attrs["machine"]
+        return rows
+
+    def figure(self, name: str, figure):
+        """Save a matplotlib figure as figures/<device>/<notebook number>_<name>.svg and return it to be shown."""
+        path = ROOT / "figures" / self.folder / f"{self.notebook[:2]}_{name}.svg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+        return figure
+
+    def claim(self, text: str, predicted, measured, holds: bool | None = None):
+        """Put a sentence to the test: print it with its two figures, and remember whether it holds.
+
+        It holds if `predicted == measured`, unless `holds` says otherwise.
+        """
+        holds = bool(predicted == measured if holds is None else holds)
+        print(f"{'holds' if holds else 'FAILS'}: {text} (predicted {predicted}, measured {measured})")
+        self.claims.append({"claim": text, "predicted": predicted, "measured": measured, "holds": holds})
+
+    def close(self):
+        """Write the claims of this notebook to data/<device>/claims.csv. Raises AttnError if one does not hold."""
+        path = ROOT / "data" / self.folder / "claims.csv"
+        mine = pd.DataFrame(self.claims).assign(notebook=self.notebook)
+        others = pd.read_csv(path, dtype=str).query("notebook != @self.notebook") if path.exists() else None
+        table = pd.concat([others, mine])[["notebook", "claim", "predicted", "measured", "holds"]]
+        write(path, table.sort_values("notebook", kind="stable").to_csv(index=False))
+        if failed := [claim["claim"] for claim in self.claims if not claim["holds"]]:
+            raise AttnError(f"{len(failed)} claim(s) of {self.notebook} do not hold: {'; '.join(failed)}")
