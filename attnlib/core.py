@@ -14,6 +14,8 @@ c = sympy.Symbol("c", nonnegative=True, integer=True)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+ACCOUNTS = ("saved", "forward_peak", "backward_peak")
+
 
 class AttnError(Exception):
     """Something the user can mend: its text is one clear line, shown without a traceback by the commands."""
@@ -93,7 +95,7 @@ class Law:
     backward_peak: dict[str, sympy.Expr]
 
     def bytes(self, account: str, shape: Shape) -> int:
-        """The sum of the terms of `account` ("saved", "forward_peak" or "backward_peak") at `shape`, in bytes."""
+        """The sum of the terms of `account`, one of ACCOUNTS, at `shape`, in bytes."""
         return shape.evaluate(sum(getattr(self, account).values()))
 
 
@@ -106,9 +108,8 @@ def dense_reach(seq_len: int, causal: bool) -> torch.Tensor:
 def needs_dtype(shape: Shape, device: torch.device) -> str | None:
     """The reason why `device` lacks the shape's dtype, or None."""
     device = torch.device(device)
-    if shape.dtype == "bfloat16" and device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic (needs compute capability 8.0)"
+    if shape.dtype == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic (needs compute capability 8.0)"
     return None
 
 

@@ -1,10 +1,10 @@
 """The device: which one it is, how its time is taken, what state it is in, and how fast it can go at best."""
 
 import hashlib
-import os
 import platform
 import re
 import time
+from datetime import date
 from pathlib import Path
 
 import psutil
@@ -77,7 +77,7 @@ def describe(device: str) -> dict:
         facts |= {"compute_capability": f"{gpu.major}.{gpu.minor}", "l2_bytes": gpu.L2_cache_size}
         facts |= {"multiprocessors": gpu.multi_processor_count}
     digest = hashlib.sha256(repr((platform.node(), sorted(facts.items()))).encode()).hexdigest()[:12]
-    return {"machine": digest, "slug": slug(facts["name"]), **facts}
+    return {"machine": digest, "slug": slug(facts["name"]), "date": date.today().isoformat(), **facts}
 
 
 def state(device: str) -> dict:
@@ -132,34 +132,33 @@ def ceilings(device: str, budget_s: float = 0.3) -> dict:
     """How fast the device goes at best, as measured now; three numbers explain most of what attention costs.
 
     launch_us: one operation on one element, its overhead and nothing else. copy_gb_s: `{bytes: rate}`, a copy between
-    two tensors of that many bytes, counting bytes read and written. gemm_tflop_s: `{dtype: rate}`, a square matrix
-    product, a multiply-add counted as two operations.
+    two tensors of that many bytes, counting bytes read and written. clone_gb_s: the same into a tensor allocated for
+    it, as every operation of a model does. gemm_tflop_s: `{dtype: rate}`, a square matrix product, a multiply-add
+    counted as two operations.
     """
+
+    def seconds(fn):
+        return median(time_passes(fn, device, budget_s)) / 1e3
+
+    def repeat(fn, times):
+        for _ in range(times):
+            fn()
+
     one = torch.ones(1, device=device)
-
-    def launch():
-        for _ in range(100):
-            one.add_(1)
-
-    found = {
-        "launch_us": median(time_passes(launch, device, budget_s)) * 1e3 / 100,
-        "copy_gb_s": {},
-        "gemm_tflop_s": {},
-    }
+    found = {"launch_us": seconds(lambda: repeat(lambda: one.add_(1), 100)) * 1e6 / 100}
+    found |= {"copy_gb_s": {}, "clone_gb_s": {}, "gemm_tflop_s": {}}
     for log2 in range(20, 30 if device == "cpu" else 33, 3):
         nbytes, repeats = 2**log2, max(1, 2 ** (26 - log2))
         if 8 * nbytes > memory_free(device):
             break
         source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-
-        def copy(target=target, source=source, repeats=repeats):
-            for _ in range(repeats):
-                target.copy_(source)
-
-        found["copy_gb_s"][str(nbytes)] = 2 * nbytes * repeats / median(time_passes(copy, device, budget_s)) / 1e6
+        moved = 2 * nbytes * repeats / 1e9
+        # the loops bind this round's tensors: each is called before the next round
+        found["copy_gb_s"][nbytes] = moved / seconds(lambda: repeat(lambda: target.copy_(source), repeats))  # noqa: B023
+        found["clone_gb_s"][nbytes] = moved / seconds(lambda: repeat(lambda: source.clone(), repeats))  # noqa: B023
     size = 512 if device == "cpu" else 8192
     for name, dtype in DTYPES.items():
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found["gemm_tflop_s"][name] = 2 * size**3 / median(time_passes(lambda a=a, b=b: a @ b, device, budget_s)) / 1e9
+        found["gemm_tflop_s"][name] = 2 * size**3 / seconds(lambda: a @ b) / 1e12  # noqa: B023
     return found

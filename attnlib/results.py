@@ -1,16 +1,18 @@
-"""From finished data to a report: load the rows, check the claims, keep the figures. Nothing here touches the device."""
+"""From data to a report: measure or load the rows, check the claims, keep the figures."""
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown, display
 
 from attnlib import device as dev
 from attnlib.core import AttnError, Shape, Variant
-from attnlib.measure import COLUMNS, POINT, STATUSES, Worker, sweep
+from attnlib.measure import COLUMNS, STATUSES
+from attnlib.sweep import Worker, sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +37,7 @@ def profile(name: str) -> Profile:
 
 
 def write(path: Path, text: str):
-    """Write a file so that a reader sees the old text or the new one, never half of it. Raises AttnError if it can't."""
+    """Write a file so that a reader sees the old text or the new one, never half. Raises AttnError if it can't."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.partial")
@@ -56,6 +58,17 @@ def machines(folder: Path) -> dict[str, dict]:
         return json.loads((folder / "machine.json").read_text())
     except (OSError, ValueError) as error:
         raise AttnError(f"no data for device {folder.name!r} (there is: {', '.join(devices())})") from error
+
+
+def machine_of(folder: str, prefix: str = "") -> dict:
+    """The machine that the first CSV of data/<folder>/ whose name starts with `prefix` was measured on.
+
+    Raises AttnError if there is no such data.
+    """
+    machines(ROOT / "data" / folder)
+    for path in sorted((ROOT / "data" / folder).glob(f"{prefix or '[0-9]'}*.csv")):
+        return load(folder, path.stem).attrs["machine"]
+    raise AttnError(f"data/{folder} has no CSV {prefix}*.csv")
 
 
 def load(device: str, name: str) -> pd.DataFrame:
@@ -102,37 +115,33 @@ class Run:
     def __init__(self, notebook: str, device: str = "auto", profile_name: str = "full", replay: bool = False):
         self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
         if replay:
-            self.folder = device
-            self.machine = list(machines(ROOT / "data" / device).values())[-1]
+            self.folder, self.machine = device, machine_of(device, notebook[:2])
         else:
             self.device, self.worker = dev.resolve(device), Worker()
             self.machine = self.worker.call(dev.describe, self.device)
+            self.machine["ceilings"] = self.worker.call(dev.ceilings, self.device)
             self.folder = self.machine["slug"] + self.profile.suffix
-        self.on_cpu = "cuda" not in self.machine
+        self.ceilings, self.on_cpu = self.machine["ceilings"], "cuda" not in self.machine
 
     def sweep(self, name: str, points: list[tuple[Variant, Shape]]) -> pd.DataFrame:
-        """The rows of the experiment `name` at `points`: measured now, or loaded if this is a replay."""
+        """The rows of data/<device>/<notebook number>_<name>.csv: measured now, or loaded if this is a replay."""
+        name = f"{self.notebook[:2]}_{name}"
         if not self.replay:
-            folder = ROOT / "data" / self.folder
-            if "ceilings" not in self.machine:
-                self.machine["ceilings"] = self.worker.call(dev.ceilings, self.device)
+            folder, me = ROOT / "data" / self.folder, self.machine["machine"]
+            others = machines(folder) if (folder / "machine.json").exists() else {}
             texts = [path.read_text() for path in folder.glob("*.csv")]
-            kept = machines(folder) if (folder / "machine.json").exists() else {}
-            kept = {machine: facts for machine, facts in kept.items() if any(machine in text for text in texts)}
-            kept.pop(self.machine["machine"], None)
-            write(folder / "machine.json", json.dumps(kept | {self.machine["machine"]: self.machine}, indent=1) + "\n")
+            kept = {one: facts for one, facts in others.items() if one != me and any(one in text for text in texts)}
+            write(folder / "machine.json", json.dumps({**kept, me: self.machine}, indent=1) + "\n")
             limits = {"budget_s": self.profile.budget_s, "timeout_s": self.profile.timeout_s}
-            path = folder / f"{name}.csv"
-            sweep(points, path, self.machine, device=self.device, worker=self.worker, **limits)
-        rows = load(self.folder, name)
-        self.machine = rows.attrs["machine"]
-        return rows
+            sweep(points, folder / f"{name}.csv", self.machine, device=self.device, worker=self.worker, **limits)
+        return load(self.folder, name)
 
     def figure(self, name: str, figure):
         """Save a matplotlib figure as figures/<device>/<notebook number>_<name>.svg and return it to be shown."""
         path = ROOT / "figures" / self.folder / f"{self.notebook[:2]}_{name}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)  # or the notebook shows it a second time
         return figure
 
     def claim(self, text: str, predicted, measured, holds: bool | None = None):

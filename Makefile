@@ -1,0 +1,50 @@
+# The report's commands. With no environment active they make .venv; an active one is used and never changed.
+DEVICE ?= auto
+PROFILE ?= full
+ARGS ?=
+
+ifndef PYTHON
+  ifdef VIRTUAL_ENV
+    PYTHON := $(VIRTUAL_ENV)/bin/python
+  else ifneq ($(filter-out base,$(CONDA_DEFAULT_ENV)),)
+    PYTHON := $(CONDA_PREFIX)/bin/python
+  else
+    PYTHON := .venv/bin/python
+    OWN := .venv/ready
+  endif
+endif
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: report replay test lab lint clean help ready
+.DEFAULT_GOAL := help
+
+report: ready ## measure this machine and write build/<device>/report.html and .pdf (DEVICE=auto|all|cpu|cuda:1 PROFILE=full|quick)
+	@$(PYTHON) report/build.py measure --device $(DEVICE) --profile $(PROFILE) $(ARGS)
+
+replay: ready ## rebuild the report from committed data (DEVICE=nvidia-h200)
+	@$(PYTHON) report/build.py replay --device $(DEVICE) $(ARGS)
+
+test: ready ## run the tests
+	@$(PYTHON) -m pytest $(ARGS)
+
+lab: ready ## open the notebooks in JupyterLab
+	@$(PYTHON) -m jupyterlab notebooks
+
+lint: ready ## check code and notebooks with ruff
+	@$(PYTHON) -m ruff check && $(PYTHON) -m ruff format --check
+
+NEEDED := torch, pandas, matplotlib, seaborn, sympy, psutil, tqdm, papermill, nbconvert, ipykernel
+ready: $(OWN)
+	@$(PYTHON) -c "import $(NEEDED)" || { echo "error: $(PYTHON) lacks what is named above; install it with: $(PYTHON) -m pip install -e ." >&2; exit 1; }
+
+.venv/ready: pyproject.toml
+	@echo "making .venv (torch and Jupyter: a few minutes of downloads the first time)"
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed" >&2; exit 1; }
+	@python3 -m venv .venv && .venv/bin/python -m pip install --quiet -e . && touch $@
+
+clean: ## remove what was generated: build/ and caches
+	rm -rf build .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10

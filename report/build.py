@@ -1,0 +1,197 @@
+"""Runs the notebooks on a device and turns them into build/<device>/report.html and report.pdf.
+
+`python report/build.py measure` runs everything on this machine, `replay --device nvidia-h200` rebuilds the report from
+committed data. The Makefile's targets `report` and `replay` call it.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import nbformat  # noqa: E402
+import papermill  # noqa: E402
+import torch  # noqa: E402
+from nbconvert.exporters import MarkdownExporter  # noqa: E402
+from nbconvert.preprocessors import Preprocessor, TagRemovePreprocessor  # noqa: E402
+
+from attnlib import device as dev  # noqa: E402
+from attnlib import results  # noqa: E402
+from attnlib.core import AttnError  # noqa: E402
+from attnlib.sweep import Worker  # noqa: E402
+
+HERE = ROOT / "report"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def execute(notebook: Path, target: Path, parameters: dict):
+    """Run a notebook into `target`, which appears only if every cell succeeded.
+
+    Raises AttnError for a parameter that the notebook does not declare, and with the failing cell's last line.
+    """
+    if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(notebook))):
+        raise AttnError(f"{notebook.name} has no parameter {', '.join(unknown)}")
+    draft = target.with_suffix(".partial.ipynb")
+    try:
+        papermill.execute_notebook(
+            notebook,
+            draft,
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=notebook.parent,
+            progress_bar=False,
+            stderr_file=sys.stderr,
+        )
+    except papermill.PapermillExecutionError as error:
+        raise AttnError(f"{notebook.name} failed: {error.ename}: {error.evalue}") from error
+    draft.rename(target)
+
+
+class Cells(Preprocessor):
+    """Takes label and caption out of a cell's `#| key: "value"` comments, and stderr out of its outputs."""
+
+    def preprocess_cell(self, cell, resources, index):
+        """One cell at a time, as nbconvert calls it."""
+        cell.metadata.setdefault("tags", [])
+        if cell.cell_type == "code":
+            lines = cell.source.splitlines()
+            options = [line for line in lines if line.startswith("#|")]
+            for line in options:
+                name, value = line.removeprefix("#|").split(":", 1)
+                cell.metadata[name.strip()] = value.strip().strip('"')
+            cell.source = "\n".join(line for line in lines if line not in options).strip()
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        return cell, resources
+
+
+def markdown(notebooks: list[Path], folder: Path) -> str:
+    """The executed notebooks as one pandoc Markdown text; their figures are written into `folder`."""
+    tags = TagRemovePreprocessor(
+        remove_cell_tags=["remove-cell", "parameters", "injected-parameters"],
+        remove_input_tags=["remove-input"],
+        remove_all_outputs_tags=["remove-output"],
+    )
+    texts = []
+    for notebook in notebooks:
+        exporter = MarkdownExporter(
+            template_name="markdown", template_paths=[str(HERE / "markdown"), *MarkdownExporter().template_paths]
+        )
+        exporter.register_preprocessor(Cells(), enabled=True)
+        exporter.register_preprocessor(tags, enabled=True)
+        text, resources = exporter.from_notebook_node(
+            nbformat.read(notebook, 4), {"unique_key": notebook.stem, "output_files_dir": "."}
+        )
+        texts.append(text)
+        for name, data in resources["outputs"].items():
+            (folder / name).write_bytes(data)
+    return "\n\n".join(texts)
+
+
+def export(out: Path, machine: dict):
+    """build/<device>/report.html and report.pdf from the executed notebooks; both appear, or neither does."""
+    import pypandoc
+    import typst
+
+    work = out / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    (work / "report.md").write_text(markdown(sorted((out / "notebooks").glob("[0-9]*.ipynb")), work))
+    about = {
+        "title": "The cost of attention",
+        "subtitle": "Measured, predicted, and explained",
+        "device": machine["name"],
+        "versions": f"PyTorch {machine['torch']}, Python {machine['python']}",
+        "date": machine["date"],
+        "lang": "en",
+    }
+    (work / "about.json").write_text(json.dumps(about))
+    for to in ("html", "typst"):
+        options = ["--mathml", "--embed-resources", f"--css={HERE / 'style.css'}"] if to == "html" else []
+        command = [
+            *(pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"),
+            *(
+                f"--template={HERE / f'template.{to}'}",
+                f"--lua-filter={HERE / 'filter.lua'}",
+                "--metadata-file=about.json",
+            ),
+            *("--standalone", "--toc", "--toc-depth=2", "--number-sections", "--fail-if-warnings"),
+            *(f"--resource-path=.:{HERE}", *options),
+        ]
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+        if done.returncode:
+            raise AttnError(f"pandoc could not make the {to}: {done.stderr.strip()}")
+    typst.compile(work / "report.typst", output=work / "report.pdf", ignore_system_fonts=True)
+    for name in ("report.html", "report.pdf"):
+        os.replace(work / name, out / name)
+
+
+def build(folder: str, machine: dict, parameters: dict):
+    """Execute every notebook and export the report to build/<folder>/. A report of an earlier run is removed first."""
+    out = ROOT / "build" / folder
+    for name in ("report.html", "report.pdf"):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "notebooks", ignore_errors=True)
+    (out / "notebooks").mkdir(parents=True)
+    for notebook in NOTEBOOKS:
+        begun = time.monotonic()
+        print(f"{notebook.name} on {machine['name']} ...", flush=True)
+        execute(notebook, out / "notebooks" / notebook.name, parameters)
+        print(f"{notebook.name} done in {time.monotonic() - begun:.0f} s", flush=True)
+    if missing := [name for name in ("pypandoc", "typst") if not importlib.util.find_spec(name)]:
+        print(f"measured, not exported: this Python lacks {', '.join(missing)}; elsewhere: make replay DEVICE={folder}")
+        return
+    export(out, machine)
+    for name in ("report.html", "report.pdf"):
+        print((out / name).relative_to(ROOT))
+
+
+def each_gpu() -> list[str]:
+    """The first GPU of each model in this machine. Raises AttnError if there is none."""
+    models = {}
+    for index in range(torch.cuda.device_count()):
+        with Worker() as worker:
+            models.setdefault(worker.call(dev.describe, f"cuda:{index}")["name"], f"cuda:{index}")
+    if not models:
+        raise AttnError("DEVICE=all measures every GPU model, and torch sees no GPU")
+    return list(models.values())
+
+
+def main() -> int:
+    """The command line; 0 if the report is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=("measure", "replay"))
+    parser.add_argument("--device", default="auto", help="auto, all, cpu, cuda, cuda:1; for replay a folder of data/")
+    parser.add_argument("--profile", default="full", help=" or ".join(results.PROFILES))
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="notebook parameter"
+    )
+    options = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    os.environ.setdefault("ATTNLIB_PROGRESS", "bar" if sys.stderr.isatty() else "lines")
+    try:
+        profile, given = results.profile(options.profile), dict(options.p)
+        if options.command == "replay":
+            machine = results.machine_of(options.device)
+            build(options.device, machine, {**given, "device": options.device, "replay": True})
+            return 0
+        for device in each_gpu() if options.device == "all" else [dev.resolve(options.device)]:
+            with Worker() as worker:
+                machine = worker.call(dev.describe, device)
+            parameters = {**given, "device": device, "profile": options.profile}
+            build(machine["slug"] + profile.suffix, machine, parameters)
+    except AttnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+-- Turns the report's Markdown into a document: numbered figures and tables, references to them, folded code, tables
+-- from HTML. Anything that would be lost without a trace (raw HTML, raw TeX, a reference to nowhere) stops the build.
+
+local kinds = {fig = "Figure", tbl = "Table"}
+local counts, numbers = {fig = 0, tbl = 0}, {}
+local html = FORMAT:match("html") ~= nil
+
+local function number(id, caption)
+  local kind = id:match("^(%l+)-")
+  if not kinds[kind] then error("a figure or table needs a label that starts with fig- or tbl-, not '" .. id .. "'") end
+  if numbers[id] then error("label used twice: " .. id) end
+  if #caption.long == 0 then error("no caption: " .. id) end
+  counts[kind] = counts[kind] + 1
+  numbers[id] = kinds[kind] .. " " .. counts[kind]
+  if html then -- typst numbers by itself, in the same order
+    local first = caption.long[1]
+    caption.long[1] = pandoc.Plain({pandoc.Strong(numbers[id] .. ". ")} .. first.content)
+  end
+  return caption
+end
+
+local function align(cell, index)
+  cell.alignment = index == 1 and pandoc.AlignLeft or pandoc.AlignRight
+end
+
+local function table_of(div)
+  local caption, raw = div.content[1], div.content[2]
+  local doc = pandoc.read(raw.text:gsub("<style.-</style>", ""), "html")
+  local tbl
+  doc:walk({Table = function(t) tbl = t end})
+  if not tbl then error("no table in " .. div.identifier) end
+  tbl.attr = pandoc.Attr(div.identifier)
+  tbl.caption = number(div.identifier, {long = pandoc.Blocks({pandoc.Plain(caption.content)})})
+  for _, part in ipairs({tbl.head.rows, table.unpack(tbl.bodies:map(function(b) return b.body end))}) do
+    for _, row in ipairs(part) do
+      for _, cell in ipairs(row.cells) do cell.attr = pandoc.Attr() end
+    end
+  end
+  for i, spec in ipairs(tbl.colspecs) do tbl.colspecs[i] = {pandoc.AlignRight, nil} end
+  return tbl
+end
+
+local first_pass = {
+  traverse = "topdown",
+  Div = function(div)
+    if div.classes:includes("table") then return table_of(div), false end
+    if div.classes:includes("folded") then
+      if not html then return {}, false end
+      return {pandoc.RawBlock("html", "<details><summary>code</summary>"), div.content[1],
+              pandoc.RawBlock("html", "</details>")}, false
+    end
+  end,
+  Figure = function(figure)
+    local image
+    figure:walk({Image = function(i) image = i end})
+    figure.caption = number(figure.identifier, figure.caption)
+    return figure, false
+  end,
+  RawBlock = function(raw) error("raw " .. raw.format .. " would be lost: " .. raw.text:sub(1, 60)) end,
+  RawInline = function(raw) error("raw " .. raw.format .. " would be lost: " .. raw.text:sub(1, 60)) end,
+}
+
+local second_pass = {
+  Cite = function(cite)
+    local id = cite.citations[1].id
+    if not numbers[id] then error("reference to nowhere: @" .. id) end
+    return pandoc.Link(numbers[id], "#" .. id)
+  end,
+}
+
+return {first_pass, second_pass}
