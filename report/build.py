@@ -22,6 +22,7 @@ import papermill  # noqa: E402
 import torch  # noqa: E402
 from nbconvert.exporters import MarkdownExporter  # noqa: E402
 from nbconvert.preprocessors import Preprocessor, TagRemovePreprocessor  # noqa: E402
+from traitlets.config import Config  # noqa: E402
 
 from attnlib import device as dev  # noqa: E402
 from attnlib import results  # noqa: E402
@@ -49,6 +50,7 @@ def execute(notebook: Path, target: Path, parameters: dict):
             cwd=notebook.parent,
             progress_bar=False,
             stderr_file=sys.stderr,
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # or each kernel prints a warning
         )
     except papermill.PapermillExecutionError as error:
         raise AttnError(f"{notebook.name} failed: {error.ename}: {error.evalue}") from error

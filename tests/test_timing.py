@@ -1,0 +1,55 @@
+"""The times agree with the reference timers."""
+
+import pytest
+import torch
+from agreement import disagreement, timers
+
+from attnlib import device as dev
+from attnlib.measure import measure, statistics
+from attnlib import VARIANTS
+from attnlib.core import Shape
+
+
+@pytest.mark.gpu
+def test_times_agree_with_do_bench():
+    frame = timers("cuda", (1024, 4096))
+    assert disagreement(frame[frame["reference_ms"] >= 0.1]["ratio"]) <= 0.03
+
+
+def test_times_agree_with_torch_benchmark():
+    frame = timers("cpu", (512, 1024), budget_s=0.2)
+    assert disagreement(frame[frame["reference_ms"] >= 0.1]["ratio"]) <= 0.05
+
+
+def test_statistics():
+    found = statistics("forward", [1.0, 2.0, 3.0, 4.0, 10.0])
+    assert found["forward_ms"] == 3 and found["forward_ms_mean"] == 4 and found["forward_ms_count"] == 5
+    assert found["forward_ms_p20"] == pytest.approx(1.8) and found["forward_ms_p80"] == pytest.approx(5.2)
+
+
+def test_at_most_a_hundred_passes_and_at_least_one(device):
+    x = torch.ones(64, device=device)
+    assert 1 <= len(dev.time_passes(lambda: x + 1, device, 1.0)) <= 100
+    assert len(dev.time_passes(lambda: x + 1, device, 1e-9)) >= 1
+
+
+def test_measure_one_point(device):
+    row = measure(VARIANTS["naive"], Shape(2, 2, 65, 17), device, budget_s=0.1)
+    assert row["status"] == "ok" and row["phase"] == ""
+    assert row["forward_ms_p20"] <= row["forward_ms"] <= row["forward_ms_p80"]
+    assert row["saved_bytes"] < row["forward_peak_bytes"] < row["backward_peak_bytes"]
+
+
+@pytest.mark.gpu
+def test_running_out_of_memory_is_a_row_with_its_phase():
+    shape = Shape(8, 1, 4096, 64)
+    limit = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 2.5 * 2**30 / limit))  # forward needs 1.5 GiB, backward 3
+    try:
+        row = measure(VARIANTS["naive_custom"], shape, "cuda", budget_s=0.3)
+        assert (row["status"], row["phase"]) == ("oom", "backward") and row["forward_ms"] > 0
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 1.2 * 2**30 / limit))
+        row = measure(VARIANTS["naive_custom"], shape, "cuda", budget_s=0.3)
+        assert (row["status"], row["phase"]) == ("oom", "forward") and "forward_ms" not in row
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

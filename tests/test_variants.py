@@ -1,0 +1,69 @@
+"""Every variant against the float64 oracle: output and all three gradients."""
+
+import pytest
+import torch
+
+from attnlib import VARIANTS, variant
+from attnlib.core import DTYPES, AttnError, Shape, dense_reach, oracle
+
+SHAPES = [(1, 1, 1, 1), (2, 1, 2, 3), (1, 2, 63, 1), (2, 3, 111, 17), (1, 1, 1000, 64), (3, 1, 1, 8)]
+
+
+def reference(q, k, v, causal):
+    """The same maths in the same dtype, as plainly as it can be written."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    bias = dense_reach(q.shape[-2], causal).log().to(q)
+    return torch.softmax(scores + bias, dim=-1) @ v
+
+
+def results(fn, qkv, do):
+    """Output and gradients of `fn`, in float64 on the CPU."""
+    leaves = [x.detach().clone().requires_grad_() for x in qkv]
+    o = fn(*leaves)
+    grads = torch.autograd.grad(o, leaves, do.to(o.dtype))
+    return [x.detach().double().cpu() for x in (o, *grads)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", SHAPES, ids=str)
+def test_equals_the_oracle(name, dtype, causal, size, device):
+    """The error is at most twice that of the same maths in the same dtype, and never more than one rounding matters.
+
+    The floor of one rounding (half the dtype's epsilon, relative to the result) is what storing the exact result costs.
+    """
+    shape = Shape(*size, dtype, causal)
+    reach = VARIANTS[name].reach(shape.seq_len, causal).to(device)
+    qkv = shape.inputs(device, seed=sum(size))
+    do = torch.randn(qkv[0].shape, generator=torch.Generator(device).manual_seed(9), device=device).to(DTYPES[dtype])
+    exact = results(lambda q, k, v: oracle(q, k, v, reach), qkv, do)
+    plain = results(lambda q, k, v: reference(q, k, v, causal), qkv, do)
+    found = results(lambda q, k, v: VARIANTS[name].fn(q, k, v, causal=causal), qkv, do)
+    rounding = torch.finfo(DTYPES[dtype]).eps / 2
+    for what, want, same, got in zip(("o", "dq", "dk", "dv"), exact, plain, found, strict=True):
+        budget = max(2 * (same - want).norm().item(), rounding * want.norm().item())
+        assert (got - want).norm().item() <= budget, what
+
+
+def test_oracle_gives_zero_where_nothing_is_seen():
+    q, k, v = Shape(1, 1, 4, 2).inputs()
+    reach = torch.zeros(4, 4)
+    reach[1:] = 1
+    o = oracle(q, k, v, reach)
+    grads = torch.autograd.grad(o.sum(), (q, k, v))
+    assert (o[:, :, 0] == 0).all() and (grads[0][:, :, 0] == 0).all()
+    assert all(torch.isfinite(x).all() for x in (o, *grads))
+
+
+@pytest.mark.parametrize(
+    "size", [(0, 1, 1, 1), (1, -1, 1, 1), (1, 1, 2.5, 1), (1, 1, 1, "8"), (True, 1, 1, 1), (1, 1, 1, 1, "float8")]
+)
+def test_shape_refuses_nonsense(size):
+    with pytest.raises(AttnError):
+        Shape(*size)
+
+
+def test_unknown_variant_is_refused():
+    with pytest.raises(AttnError, match="naive_custom"):
+        variant("flash9")
