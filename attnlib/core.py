@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 import sympy
 import torch
 
-# B batch, H heads, N sequence length, D head dimension, e bytes per element; c is 1 with a causal mask and 0 without.
+# B batch, H heads, N sequence length, D head dimension, e bytes per element; c is 1 with a causal mask and 0 without;
+# g is 1 on a CUDA GPU and 0 on the CPU, where kernels take other workspaces.
 B, H, N, D, e = SYMBOLS = sympy.symbols("B H N D e", positive=True, integer=True)
-c = sympy.Symbol("c", nonnegative=True, integer=True)
+c, g = sympy.symbols("c g", nonnegative=True, integer=True)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,10 +64,11 @@ class Shape:
         draw = lambda: torch.randn(size, dtype=DTYPES[self.dtype], device=device, generator=generator)  # noqa: E731
         return tuple(draw().requires_grad_() for _ in range(3))
 
-    def evaluate(self, expression) -> int:
-        """The value of a formula in B, H, N, D, e and c at this shape, an exact integer."""
+    def evaluate(self, expression, device: str = "cpu") -> int:
+        """The value of a formula in B, H, N, D, e, c and g at this shape on this device, an exact integer."""
         sizes = (self.batch, self.heads, self.seq_len, self.head_dim, self.element_size)
-        return int(sympy.sympify(expression).subs({**dict(zip(SYMBOLS, sizes, strict=True)), c: int(self.causal)}))
+        values = dict(zip(SYMBOLS, sizes, strict=True)) | {c: int(self.causal), g: int(device != "cpu")}
+        return int(sympy.sympify(expression).subs(values))
 
     def columns(self) -> dict:
         """The columns that name this shape in every table."""
@@ -94,9 +96,9 @@ class Law:
     forward_peak: dict[str, sympy.Expr]
     backward_peak: dict[str, sympy.Expr]
 
-    def bytes(self, account: str, shape: Shape) -> int:
+    def bytes(self, account: str, shape: Shape, device: str = "cpu") -> int:
         """The sum of the terms of `account`, one of ACCOUNTS, at `shape`, in bytes."""
-        return shape.evaluate(sum(getattr(self, account).values()))
+        return shape.evaluate(sum(getattr(self, account).values()), device)
 
 
 def dense_reach(seq_len: int, causal: bool) -> torch.Tensor:

@@ -65,7 +65,8 @@ def describe(device: str) -> dict:
 
     `machine` is a digest of all of it and of the host's name: rows of the same digest may stand in one file.
     """
-    facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    facts = {"kind": torch.device(device).type}
+    facts |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     if device == "cpu":
         facts |= {"name": cpu_name(), "memory_bytes": psutil.virtual_memory().total}
     else:

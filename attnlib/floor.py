@@ -22,29 +22,33 @@ def rate_at(rates: dict, nbytes: int) -> float:
     return max(rate for size, rate in rates.items() if size >= min(nbytes, largest))
 
 
-def operations(variant: Variant, shape: Shape, ceilings: dict, rates: str = "copy_gb_s") -> pd.DataFrame:
+def operations(variant: Variant, shape: Shape, machine: dict, rates: str = "copy_gb_s") -> pd.DataFrame:
     """The ledger of `variant` with the time each operation needs at least, in milliseconds.
 
     bandwidth_ms: its bytes at the copy rate of tensors of its size (or another of the ceilings' `rates`); compute_ms:
     its matrix product at the GEMM rate; execution_ms: the larger of the two.
     """
-    rows = pd.DataFrame(ledger(variant, shape)).query("phase != 'upstream' and op != 'return'").reset_index(drop=True)
-    speeds = [rate_at(ceilings[rates], nbytes) for nbytes in rows["largest_bytes"]]
+    rows = (
+        pd.DataFrame(ledger(variant, shape, machine["kind"]))
+        .query("phase != 'upstream' and op != 'return'")
+        .reset_index(drop=True)
+    )
+    speeds = [rate_at(machine["ceilings"][rates], nbytes) for nbytes in rows["largest_bytes"]]
     rows["bandwidth_ms"] = rows["traffic_bytes"] / speeds / 1e6
-    rows["compute_ms"] = rows["flops"] / ceilings["gemm_tflop_s"][shape.dtype] / 1e9
+    rows["compute_ms"] = rows["flops"] / machine["ceilings"]["gemm_tflop_s"][shape.dtype] / 1e9
     rows["execution_ms"] = rows[["bandwidth_ms", "compute_ms"]].max(axis=1)
     return rows
 
 
-def floor(variant: Variant, shape: Shape, ceilings: dict, rates: str = "copy_gb_s") -> dict:
+def floor(variant: Variant, shape: Shape, machine: dict, rates: str = "copy_gb_s") -> dict:
     """`<phase>_floor_ms` and `<phase>_regime` for forward and backward.
 
     The operations run one after the other while the next ones are being launched, so neither the sum of their
     execution times nor the sum of their launches can be undercut. The regime is what the larger sum is made of.
     """
     found = {}
-    for phase, ops in operations(variant, shape, ceilings, rates).groupby("phase"):
-        launch = len(ops) * ceilings["launch_us"] / 1e3
+    for phase, ops in operations(variant, shape, machine, rates).groupby("phase"):
+        launch = len(ops) * machine["ceilings"]["launch_us"] / 1e3
         compute_bound = ops["compute_ms"] > ops["bandwidth_ms"]
         compute = ops["execution_ms"][compute_bound].sum()
         bandwidth = ops["execution_ms"][~compute_bound].sum()
@@ -54,14 +58,14 @@ def floor(variant: Variant, shape: Shape, ceilings: dict, rates: str = "copy_gb_
     return found
 
 
-def with_predictions(rows: pd.DataFrame, variants: dict[str, Variant], ceilings: dict) -> pd.DataFrame:
+def with_predictions(rows: pd.DataFrame, variants: dict[str, Variant], machine: dict) -> pd.DataFrame:
     """`rows` of a sweep with each point's floor and regime, its laws' bytes, and `needed_bytes`, inputs included."""
     predicted = []
     for row in rows[POINT].itertuples(index=False):
         variant, shape = variants[row.variant], Shape(*row[1:6], causal=bool(row.causal))
-        laws = {f"{account}_law_bytes": variant.law.bytes(account, shape) for account in ACCOUNTS}
+        laws = {f"{account}_law_bytes": variant.law.bytes(account, shape, machine["kind"]) for account in ACCOUNTS}
         needed = shape.input_bytes + max(laws.values())
-        predicted.append(floor(variant, shape, ceilings) | laws | {"needed_bytes": needed})
+        predicted.append(floor(variant, shape, machine) | laws | {"needed_bytes": needed})
     return rows.join(pd.DataFrame(predicted, index=rows.index))
 
 

@@ -43,13 +43,6 @@ def predicted_shortage(variant: Variant, shape: Shape) -> dict | None:
     return None
 
 
-def release(device: str):
-    """Give back what the step before left behind, so that the next one starts from the inputs alone."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
-
-
 def measure(variant: Variant, shape: Shape, device: str = "cpu", budget_s: float = 6.0) -> dict:
     """Measure one point: memory from the allocator, then the time of forward, of backward, and of both together.
 
@@ -87,7 +80,10 @@ def measure(variant: Variant, shape: Shape, device: str = "cpu", budget_s: float
             if not out_of_memory(error):
                 raise
             row.update(status="oom", phase=phase, reason=str(error).splitlines()[0])
-        release(device)
+        if row["phase"] == phase:
+            gc.collect()
+        if device != "cpu":
+            torch.cuda.empty_cache()  # each step starts from the inputs alone, without what the last one left reserved
         return row["phase"] != phase
 
     small = Shape(1, 1, 16, shape.head_dim, shape.dtype, shape.causal).inputs(device)

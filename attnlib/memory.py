@@ -18,16 +18,22 @@ def tensors_in(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+aten = torch.ops.aten
+NO_KERNEL = {aten._unsafe_view, aten.empty, aten.empty_like, aten.new_empty}  # beside the views
+WRITE_ONLY = {aten.new_zeros, aten.zeros_like, aten.ones_like, aten.randn_like}  # their operand only gives the shape
+
+
 class Ledger(TorchDispatchMode):
     """Writes a row for each operation: `phase, op, flops, traffic_bytes, largest_bytes, alive_bytes`.
 
     traffic_bytes: what the operation reads and writes, each operand once. largest_bytes: its largest operand.
-    alive_bytes: the storages alive right after it that were not there when the ledger was opened.
+    alive_bytes: the storages alive at its end that were not there when the ledger was opened. On a CUDA `device` what
+    is known to happen inside a kernel is written down as well.
     """
 
-    def __init__(self):
+    def __init__(self, device: str = "cpu"):
         super().__init__()
-        self.phase, self.rows, self.alive, self.known = "", [], 0, weakref.WeakSet()
+        self.device, self.phase, self.rows, self.alive, self.known = device, "", [], 0, weakref.WeakSet()
 
     def know(self, *tensors):
         """Leave out tensors that were there before."""
@@ -36,38 +42,41 @@ class Ledger(TorchDispatchMode):
     def _forget(self, nbytes):
         self.alive -= nbytes
 
-    def write(self, op, flops=0, traffic_bytes=0, largest_bytes=0):
-        """Append a row with what is alive now."""
-        row = {"phase": self.phase, "op": op, "flops": flops, "traffic_bytes": traffic_bytes}
-        self.rows.append({**row, "largest_bytes": largest_bytes, "alive_bytes": self.alive})
+    def write(self, op, flops=0, sizes=(0,), workspace=0):
+        """Append a row: what moves `sizes` bytes, with what is alive now and a kernel's own `workspace`."""
+        row = {"phase": self.phase, "op": op, "flops": flops, "traffic_bytes": sum(sizes), "largest_bytes": max(sizes)}
+        self.rows.append({**row, "alive_bytes": self.alive + workspace})
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        results = tensors_in(out)
+        results, op = tensors_in(out), func._overloadpacket
         for storage in (result.untyped_storage() for result in results):
             if storage not in self.known:
                 self.known.add(storage)
                 self.alive += storage.nbytes()
                 weakref.finalize(storage, self._forget, storage.nbytes())
-        if results and not (func.is_view or func is torch.ops.aten._unsafe_view.default):
-            operands = tensors_in((args, kwargs)) + results
+        if results and not func.is_view and op not in NO_KERNEL:
+            operands = results if op in WRITE_ONLY else tensors_in((args, kwargs)) + results
             sizes = [min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in operands]
-            flops = flop_registry.get(func._overloadpacket)
-            flops = flops(*args, **kwargs, out_val=out) if flops else 0
-            self.write(func._overloadpacket.__name__, flops, sum(sizes), max(sizes))
+            if op is aten._softmax_backward_data and self.device != "cpu":
+                self.write("mul (in softmax's backward)", sizes=[results[0].nbytes] * 3, workspace=results[0].nbytes)
+            flops = flop_registry[op](*args, **kwargs, out_val=out) if op in flop_registry else 0
+            self.write(op.__name__, flops, sizes)
         return out
 
 
-def ledger(variant: Variant, shape: Shape) -> list[dict]:
+def ledger(variant: Variant, shape: Shape, device: str = "cpu") -> list[dict]:
     """The rows of a Ledger of one forward and one backward pass on fake tensors: no device, no memory, any size.
+
+    `device` ("cpu" or "cuda") says whose kernels are accounted for; it need not be there.
 
     Phases: "forward", whose last row, "return", tells what stays alive for the backward pass; "upstream", where the
     gradient that arrives at o is made; "backward".
     """
     with FakeTensorMode():
         q, k, v = shape.inputs()
-        book = Ledger()
+        book = Ledger(device)
         book.know(q, k, v)
         with book:
             book.phase = "forward"

@@ -8,7 +8,7 @@ holds at once (the peaks), the operations it does (flops) and the bytes those mo
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from attnlib.core import B, D, H, Law, N, Phases, Variant, c, e
+from attnlib.core import B, D, H, Law, N, Phases, Variant, c, e, g
 
 SCORES = B * H * N**2 * e  # one N×N matrix per batch entry and head
 LINEAR = B * H * N * D * e  # one tensor of the shape of q
@@ -107,12 +107,15 @@ CUSTOM = Variant(
     flops=Phases(2 * MATMUL, 4 * MATMUL),
     traffic=Phases(
         12 * SCORES + 4 * LINEAR + 4 * ROWS + INDICES + c * 2 * SCORES + 4 * MASK,
-        32 * SCORES + 8 * LINEAR + 8 * ROWS + INDICES + c * 2 * SCORES + MASK,
+        32 * SCORES + 8 * LINEAR + 7 * ROWS + INDICES + c * 2 * SCORES + MASK,
     ),
 )
 
 _SOFTMAX_PEAK = {"scores": SCORES, "scaled scores": SCORES, "mask": MASK}
 _FORWARD_TRAFFIC = 6 * SCORES + 4 * LINEAR + c * 2 * SCORES + 4 * MASK
+# On CUDA the kernel behind torch.softmax's backward first writes dP ∘ P into a matrix of its own
+# (softmax_backward_cuda_out in aten/src/ATen/native/cuda/SoftMax.cu); the CPU's kernel does not.
+_SOFTMAX_WORKSPACE = {"workspace of the softmax's backward kernel": g * SCORES}
 _GRADIENTS = {
     "weights": SCORES,
     "gradient of the weights": SCORES,
@@ -128,10 +131,10 @@ NAIVE = Variant(
     law=Law(
         saved={"weights": SCORES, "output": LINEAR, "mask": MASK},
         forward_peak=_SOFTMAX_PEAK,
-        backward_peak={**_GRADIENTS, "mask": MASK},
+        backward_peak={**_GRADIENTS, **_SOFTMAX_WORKSPACE, "mask": MASK},
     ),
     flops=Phases(2 * MATMUL, 4 * MATMUL),
-    traffic=Phases(_FORWARD_TRAFFIC, 9 * SCORES + 8 * LINEAR + c * 2 * SCORES + MASK),
+    traffic=Phases(_FORWARD_TRAFFIC, 9 * SCORES + 8 * LINEAR + g * 3 * SCORES + c * 2 * SCORES + MASK),
 )
 
 WEIGHTS_ONLY = Variant(
@@ -152,8 +155,8 @@ RECOMPUTE = Variant(
     law=Law(
         saved={"output": LINEAR},
         forward_peak=_SOFTMAX_PEAK,
-        backward_peak={**_GRADIENTS, "mask": MASK},
+        backward_peak={**_GRADIENTS, **_SOFTMAX_WORKSPACE, "mask": MASK},
     ),
     flops=Phases(2 * MATMUL, 5 * MATMUL),  # QKᵀ once more; checkpoint stops before it would repeat PV
-    traffic=Phases(_FORWARD_TRAFFIC, 14 * SCORES + 10 * LINEAR + c * 4 * SCORES + 5 * MASK),
+    traffic=Phases(_FORWARD_TRAFFIC, 14 * SCORES + 10 * LINEAR + g * 3 * SCORES + c * 4 * SCORES + 5 * MASK),
 )

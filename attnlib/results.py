@@ -121,7 +121,7 @@ class Run:
             self.machine = self.worker.call(dev.describe, self.device)
             self.machine["ceilings"] = self.worker.call(dev.ceilings, self.device)
             self.folder = self.machine["slug"] + self.profile.suffix
-        self.ceilings, self.on_cpu = self.machine["ceilings"], "cuda" not in self.machine
+        self.on_cpu = self.machine["kind"] == "cpu"
 
     def sweep(self, name: str, points: list[tuple[Variant, Shape]]) -> pd.DataFrame:
         """The rows of data/<device>/<notebook number>_<name>.csv: measured now, or loaded if this is a replay."""

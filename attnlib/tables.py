@@ -26,15 +26,15 @@ def size(nbytes: float) -> str:
         nbytes /= 1024
 
 
-def law_and_ledger(variants: dict[str, Variant], shapes: list[Shape], what: str) -> tuple[int, int]:
+def law_and_ledger(variants: dict[str, Variant], shapes: list[Shape], what: str, device: str) -> tuple[int, int]:
     """The sum over variants, shapes and phases of `what` ("flops" or "traffic"): from the formulas, from the ledger."""
     column = {"flops": "flops", "traffic": "traffic_bytes"}[what]
     formula = counted = 0
     for variant in variants.values():
         for shape in shapes:
             phases = getattr(variant, what)
-            formula += shape.evaluate(phases.forward + phases.backward)
-            counted += sum(row[column] for row in ledger(variant, shape) if row["phase"] != "upstream")
+            formula += shape.evaluate(phases.forward + phases.backward, device)
+            counted += sum(row[column] for row in ledger(variant, shape, device) if row["phase"] != "upstream")
     return formula, counted
 
 
@@ -49,16 +49,18 @@ def ceilings(found: dict):
     return table(pd.DataFrame(rows, columns=["ceiling", "of", "rate"]))
 
 
-def prediction(variant: Variant, shapes: list[Shape], found: dict):
+def prediction(variant: Variant, shapes: list[Shape], machine: dict):
     """What a variant should cost at `shapes`: floors, regimes, and the bytes needed above the inputs."""
     rows = []
     for shape in shapes:
-        least = floor(variant, shape, found)
+        least = floor(variant, shape, machine)
         cells = {"seq_len": shape.seq_len}
         for phase in PHASES[:2]:
             cells[f"{phase} ms"] = f"{least[f'{phase}_floor_ms']:.3g}"
             cells[f"{phase} regime"] = f"{least[f'{phase}_regime']}-bound"
-        rows.append({**cells, "peak": size(max(variant.law.bytes(account, shape) for account in ACCOUNTS))})
+        rows.append(
+            {**cells, "peak": size(max(variant.law.bytes(account, shape, machine["kind"]) for account in ACCOUNTS))}
+        )
     return table(pd.DataFrame(rows))
 
 
@@ -126,14 +128,14 @@ def fit(rows: pd.DataFrame, phase: str) -> float:
     return float(np.polyfit(np.log(seen["seq_len"]), np.log(seen[f"{phase}_ms"]), 1)[0])
 
 
-def distance(rows: pd.DataFrame, variants: dict[str, Variant], found: dict):
+def distance(rows: pd.DataFrame, variants: dict[str, Variant], machine: dict):
     """At each variant's longest timed sequence, how many times its floor it took, by the copy and the clone ceiling."""
     table_rows = []
     for variant, group in rows.groupby("variant", sort=False):
         for phase in PHASES[:2]:
             row = group.dropna(subset=[f"{phase}_ms"]).sort_values("seq_len").iloc[-1]
             shape = Shape(*row[["batch", "heads", "seq_len", "head_dim", "dtype"]], causal=bool(row["causal"]))
-            least = [floor(variants[variant], shape, found, f"{kind}_gb_s") for kind in ("copy", "clone")]
+            least = [floor(variants[variant], shape, machine, f"{kind}_gb_s") for kind in ("copy", "clone")]
             times = [f"{row[f'{phase}_ms'] / floors[f'{phase}_floor_ms']:.2f}×" for floors in least]
             table_rows.append((variant, phase, row["seq_len"], f"{row[f'{phase}_ms']:.3g}", *times))
     columns = ["variant", "phase", "seq_len", "measured ms", "of the floor (copy)", "of the floor (clone)"]

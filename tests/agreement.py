@@ -15,11 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from attnlib import VARIANTS, results  # noqa: E402
-from attnlib import device as dev  # noqa: E402
-from attnlib.core import Shape  # noqa: E402
-from attnlib.measure import PHASES, POINT  # noqa: E402
-from attnlib.sweep import Worker, sweep  # noqa: E402
+from attnlib import VARIANTS, results
+from attnlib import device as dev
+from attnlib.core import Shape
+from attnlib.measure import PHASES, POINT
+from attnlib.sweep import Worker, sweep
 
 
 def reference_ms(fn, device: str, budget_s: float) -> float:

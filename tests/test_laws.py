@@ -19,15 +19,16 @@ SHAPES = [
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_formulas_equal_the_ledger(name, shape):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_formulas_equal_the_ledger(name, shape, kind):
     variant = VARIANTS[name]
     for what in ("flops", "traffic"):
-        formula, counted = law_and_ledger({name: variant}, [shape], what)
+        formula, counted = law_and_ledger({name: variant}, [shape], what, kind)
         assert formula == counted, what
-    rows = ledger(variant, shape)
+    rows = ledger(variant, shape, kind)
     alive = {phase: [row["alive_bytes"] for row in rows if row["phase"] == phase] for phase in ("forward", "backward")}
     seen = (alive["forward"][-1], max(alive["forward"]), max(alive["backward"]))
-    assert tuple(variant.law.bytes(account, shape) for account in ACCOUNTS) == seen
+    assert tuple(variant.law.bytes(account, shape, kind) for account in ACCOUNTS) == seen
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -39,7 +40,7 @@ def test_law_equals_the_allocator(name, shape, device):
     for _ in range(2):  # the first run makes the libraries' workspaces
         seen = account(variant, *qkv, causal=shape.causal, backward=True)
     for which in ACCOUNTS:
-        excess = seen[f"{which}_bytes"] - variant.law.bytes(which, shape)
+        excess = seen[f"{which}_bytes"] - variant.law.bytes(which, shape, device)
         if device == "cuda":
             assert excess == 0, which
         elif shape.dtype != "bfloat16" or which == "saved":

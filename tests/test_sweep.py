@@ -1,6 +1,7 @@
 """A sweep survives what can happen to it: killed, crashed, hung, full disk, damaged files."""
 
 import csv
+import errno
 import os
 import random
 import signal
@@ -41,12 +42,12 @@ def test_each_point_has_its_row_in_order(tmp_path, machine, worker):
 
 
 def test_a_worker_killed_twenty_times_costs_no_row(tmp_path, machine, worker):
-    path, wanted, rng, kills = tmp_path / "x.csv", points(300), random.Random(0), []
+    path, wanted, rng, kills = tmp_path / "x.csv", points(400), random.Random(0), []
 
     def killer():
         while len(kills) < 20:
             process = worker.process
-            time.sleep(rng.uniform(0, 4))
+            time.sleep(rng.uniform(0, 3))
             if process is not None and process is worker.process and process.pid:
                 os.kill(process.pid, signal.SIGKILL)
                 kills.append(process.pid)
@@ -73,11 +74,11 @@ if __name__ == "__main__":
 
 
 def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path, machine):
-    here, path, count = Path(__file__).parent, tmp_path / "x.csv", 200
+    here, path, count = Path(__file__).parent, tmp_path / "x.csv", 100
     script = tmp_path / "run.py"
     script.write_text(RUN.format(root=str(here.parent), tests=str(here), count=count))
     rng, partial, before = random.Random(1), tmp_path / "x.csv.partial", 0
-    for _ in range(4):
+    for _ in range(3):
         process = subprocess.Popen([sys.executable, script, path], stderr=subprocess.DEVNULL)
         while process.poll() is None and (not partial.exists() or len(partial.read_bytes().splitlines()) <= before + 2):
             time.sleep(0.05)
@@ -130,13 +131,22 @@ def test_rows_of_another_machine_are_not_gone_on_with(tmp_path, machine, worker,
     assert [row["machine"] for row in read(path)] == [machine["machine"]] * 3
 
 
-def test_a_full_disk_stops_with_one_line_and_leaves_the_csv(tmp_path, machine, worker):
-    path = tmp_path / "x.csv"
+def test_a_full_disk_stops_with_one_line_and_leaves_the_csv(tmp_path, machine, worker, monkeypatch):
+    path, real, calls = tmp_path / "x.csv", os.fsync, []
+
+    def fsync(file):
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+
     path.write_text("finished\n")
-    (tmp_path / "x.csv.partial").symlink_to("/dev/full")
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(AttnError, match="No space left on device") as error:
-        sweep(points(2), path, machine, worker=worker, **QUICK)
+        sweep(points(3), path, machine, worker=worker, **QUICK)
     assert "\n" not in str(error.value) and path.read_text() == "finished\n"
+    sweep(points(3), path, machine, worker=worker, **QUICK)
+    assert [int(row["seq_len"]) for row in read(path)] == [8, 9, 10]
 
 
 def test_an_unwritable_folder_stops_with_one_line(tmp_path, machine, worker):

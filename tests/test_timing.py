@@ -4,10 +4,10 @@ import pytest
 import torch
 from agreement import disagreement, timers
 
-from attnlib import device as dev
-from attnlib.measure import measure, statistics
 from attnlib import VARIANTS
+from attnlib import device as dev
 from attnlib.core import Shape
+from attnlib.measure import measure, statistics
 
 
 @pytest.mark.gpu
