@@ -41,6 +41,11 @@ def panels(titles, *, xs, device, ylabel, sharey=True):
     return figure, axes[0]
 
 
+def legend(figure, ax):
+    """One legend for all panels, below them."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+
+
 def curves(rows, columns, *, device, ylabel, dashed=None, scale=1.0, oom_phases=None):
     """`columns` ({title: column}) against N, one panel each: measured as dots on a line, predicted (`dashed`) dashed.
 
@@ -56,7 +61,7 @@ def curves(rows, columns, *, device, ylabel, dashed=None, scale=1.0, oom_phases=
                 ax.plot(group["seq_len"], group[dashed[title]] / scale, "--", color=colour, lw=1, alpha=0.7)
                 lost = group[group["phase"].isin((oom_phases or {}).get(title, ())) & (group["status"] == "oom")]
                 ax.plot(lost["seq_len"], lost[dashed[title]] / scale, "x", color=colour, ms=7, mew=2)
-    axes[0].legend(frameon=False)
+    legend(figure, axes[0])
     return figure
 
 
@@ -74,7 +79,7 @@ def exponents(slopes, *, device):
             ax.plot(
                 group["seq_len"], group["exponent"], "o", ms=4, color=REGIME_COLOURS[regime], label=f"{regime}-bound"
             )
-    axes[0].legend(frameon=False, ncols=2)
+    legend(figure, axes[0])
     return figure
 
 
@@ -88,13 +93,13 @@ def distance(rows, *, device):
             ax.plot(group["seq_len"], ratio, "o-", color=COLOURS[variant], ms=3, lw=1, label=variant)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}×"))
         ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}×" if y in (2, 3, 5, 20) else ""))
-    axes[0].legend(frameon=False)
+    legend(figure, axes[0])
     return figure
 
 
 def operations(ops, *, device):
     """Where the floor of one forward and one backward pass goes: a bar per operation, in the order they run."""
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.17 * len(ops) + 0.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.13 * len(ops) + 0.4), layout="constrained")
     for ax, (phase, part) in zip(axes, ops.groupby("phase", sort=False), strict=True):
         colours = [
             REGIME_COLOURS["compute" if c > b else "bandwidth"]
@@ -114,5 +119,5 @@ def machines(rows, columns, *, ylabel):
     for ax, column in zip(axes, columns.values(), strict=True):
         for colour, (source, group) in zip(sns.color_palette("dark"), rows.groupby("source", sort=False), strict=False):
             ax.plot(group["seq_len"], group[column], "o-", ms=3, lw=1, color=colour, label=source)
-    axes[0].legend(frameon=False)
+    legend(figure, axes[0])
     return figure

@@ -26,7 +26,7 @@ class Profile:
     suffix: str
 
 
-PROFILES = {"quick": Profile(1.0, 60.0, "-quick"), "full": Profile(2.0, 300.0, "")}
+PROFILES = {"full": Profile(2.0, 300.0, ""), "quick": Profile(1.0, 60.0, "-quick")}
 
 
 def profile(name: str) -> Profile:
@@ -135,6 +135,13 @@ class Run:
             limits = {"budget_s": self.profile.budget_s, "timeout_s": self.profile.timeout_s}
             sweep(points, folder / f"{name}.csv", self.machine, device=self.device, worker=self.worker, **limits)
         return load(self.folder, name)
+
+    def agreement(self, name: str) -> pd.DataFrame | None:
+        """The pairs of 0.1 ms and more that tests/agreement.py left for this very machine, or None."""
+        path = ROOT / "data" / self.folder / f"{name}_agreement.csv"
+        pairs = pd.read_csv(path) if path.exists() else pd.DataFrame({"machine": []})
+        pairs = pairs[pairs["machine"] == self.machine["machine"]]
+        return pairs[pairs["reference_ms"] >= 0.1] if len(pairs) else None
 
     def figure(self, name: str, figure):
         """Save a matplotlib figure as figures/<device>/<notebook number>_<name>.svg and return it to be shown."""

@@ -181,8 +181,10 @@ def main() -> int:
     try:
         profile, given = results.profile(options.profile), dict(options.p)
         if options.command == "replay":
-            machine = results.machine_of(options.device)
-            build(options.device, machine, {**given, "device": options.device, "replay": True})
+            folder = options.device
+            measured = next(name for name, p in reversed(results.PROFILES.items()) if folder.endswith(p.suffix))
+            parameters = {**given, "device": folder, "profile": measured, "replay": True}
+            build(folder, results.machine_of(folder), parameters)
             return 0
         for device in each_gpu() if options.device == "all" else [dev.resolve(options.device)]:
             with Worker() as worker:
