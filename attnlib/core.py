@@ -9,9 +9,10 @@ import sympy
 import torch
 
 # B batch, H heads, N sequence length, D head dimension, e bytes per element; c is 1 with a causal mask and 0 without;
-# g is 1 on a CUDA GPU and 0 on the CPU, where kernels take other workspaces.
+# g is 1 on a CUDA GPU and 0 on the CPU, whose kernels take other workspaces; h is 1 for bfloat16 and float16, which
+# some steps convert to float32, and 0 for float32.
 B, H, N, D, e = SYMBOLS = sympy.symbols("B H N D e", positive=True, integer=True)
-c, g = sympy.symbols("c g", nonnegative=True, integer=True)
+c, g, h = sympy.symbols("c g h", nonnegative=True, integer=True)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,9 +66,10 @@ class Shape:
         return tuple(draw().requires_grad_() for _ in range(3))
 
     def evaluate(self, expression, device: str = "cpu") -> int:
-        """The value of a formula in B, H, N, D, e, c and g at this shape on this device, an exact integer."""
+        """The value of a formula in the symbols above at this shape on this device, an exact integer."""
         sizes = (self.batch, self.heads, self.seq_len, self.head_dim, self.element_size)
         values = dict(zip(SYMBOLS, sizes, strict=True)) | {c: int(self.causal), g: int(device != "cpu")}
+        values[h] = int(self.dtype != "float32")
         return int(sympy.sympify(expression).subs(values))
 
     def columns(self) -> dict:

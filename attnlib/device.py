@@ -108,13 +108,15 @@ def time_passes(fn, device: str, budget_s: float) -> list[float]:
     warm-ups (fewer where they alone would use up half the budget); where a pass is shorter than about a millisecond
     each figure is the mean over a block of passes.
     """
-    started, warm_ups = time.perf_counter(), 0
-    while warm_ups < (5 if device == "cpu" else 2) and time.perf_counter() - started < budget_s / 2:
-        begun = time.perf_counter()
+    warm_ups, begun = 5 if device == "cpu" else 2, time.perf_counter()
+    for _ in range(warm_ups):
+        started = time.perf_counter()
         fn()
         if device != "cpu":
             torch.cuda.synchronize(device)
-        estimate_s, warm_ups = time.perf_counter() - begun, warm_ups + 1
+        estimate_s = time.perf_counter() - started
+        if time.perf_counter() - begun > budget_s / 2:
+            break
     span_s = min(budget_s, PASSES * estimate_s)
     if device == "cpu":
         timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())

@@ -1,6 +1,7 @@
 """Plain attention, softmax(QKᵀ/√D)V, in the four ways people write it. All give the same output and gradients.
 
-They differ in what is alive when: each lists the N×N matrices it keeps for the backward pass (law.saved), the most it
+The softmax is computed in float32 whatever the inputs are, as the kernel of torch.softmax does inside: by hand in
+bfloat16 or float16 its error would be more than twice as large. The variants differ in what is alive when: each lists the N×N matrices it keeps for the backward pass (law.saved), the most it
 holds at once (the peaks), the operations it does (flops) and the bytes those move (traffic). Tensors are
 `[B, H, N, D]`. Source of the definition: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
 """
@@ -8,11 +9,13 @@ holds at once (the peaks), the operations it does (flops) and the bytes those mo
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from attnlib.core import B, D, H, Law, N, Phases, Variant, c, e, g
+from attnlib.core import B, D, H, Law, N, Phases, Variant, c, e, g, h
 
 SCORES = B * H * N**2 * e  # one N×N matrix per batch entry and head
+SCORES32 = 4 * B * H * N**2  # the same in float32
+CAST = h * (SCORES + SCORES32)  # traffic of converting one to the other
 LINEAR = B * H * N * D * e  # one tensor of the shape of q
-ROWS = B * H * N * e  # one number per row
+ROWS = 4 * B * H * N  # one float32 per row
 INDICES = 8 * B * H * N  # one int64 per row
 MASK = c * N**2  # one bool per pair, shared by batch and heads
 MATMUL = 2 * B * H * N**2 * D  # floating-point operations of QKᵀ, of PV and of each of their gradients
@@ -29,9 +32,9 @@ def scaled_scores(q, k, causal):
 
 def naive_custom(q, k, v, *, causal=False):
     """o `[B, H, N, D]`, with the softmax written by hand: subtract the row maximum, exponentiate, sum, divide."""
-    scores = scaled_scores(q, k, causal)
+    scores = scaled_scores(q, k, causal).float()
     exp = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
-    weights = exp / exp.sum(dim=-1, keepdim=True)
+    weights = (exp / exp.sum(dim=-1, keepdim=True)).to(v.dtype)
     return weights @ v
 
 
@@ -53,10 +56,10 @@ class _WeightsOnly(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, weights = ctx.saved_tensors
         dv = weights.transpose(-2, -1) @ do
-        ds = do @ v.transpose(-2, -1)  # dP, turned into dS in place: a masked pair has P = 0, so its dS is 0 as well
-        ds.sub_((ds * weights).sum(dim=-1, keepdim=True)).mul_(weights)
-        scale = q.shape[-1] ** -0.5  # put on the N×D results: cheaper than on dS
-        return (ds @ k).mul_(scale), (ds.transpose(-2, -1) @ q).mul_(scale), dv, None
+        ds = (do @ v.transpose(-2, -1)).float()  # dP, turned into dS in place; where a mask made P = 0, dS is 0 as well
+        ds.sub_((ds * weights).sum(dim=-1, keepdim=True)).mul_(weights).mul_(q.shape[-1] ** -0.5)
+        ds = ds.to(v.dtype)
+        return ds @ k, ds.transpose(-2, -1) @ q, dv, None
 
 
 def naive_weights_only(q, k, v, *, causal=False):
@@ -69,45 +72,36 @@ def naive_recompute(q, k, v, *, causal=False):
     return checkpoint(naive, q, k, v, causal=causal, use_reentrant=False, preserve_rng_state=False)
 
 
+_ROW_TERMS = {"row sums": ROWS, "index of the row maximum": INDICES, "mask": MASK}
+
 CUSTOM = Variant(
     name="naive_custom",
     fn=naive_custom,
     law=Law(
-        saved={
-            "exp": SCORES,
-            "weights": SCORES,
-            "output": LINEAR,
-            "row sums": ROWS,
-            "row maximum's index": INDICES,
-            "mask": MASK,
-        },
+        saved={"exp": SCORES32, "weights": SCORES, "output": LINEAR, **_ROW_TERMS},
         forward_peak={
-            "scores": SCORES,
-            "exp": SCORES,
+            "scores": SCORES32,
+            "exp": SCORES32,
             "weights": SCORES,
-            "output": LINEAR,
-            "row sums": ROWS,
-            "row maximum's index": INDICES,
-            "mask": MASK,
+            "weights in float32": h * SCORES32,
+            "output": (1 - h) * LINEAR,
+            **_ROW_TERMS,
         },
         backward_peak={
-            "exp": SCORES,
-            "weights": SCORES,
-            "gradient of the weights": SCORES,
-            "gradient of exp": SCORES,
-            "intermediates of the division's gradient": 2 * SCORES,
+            "exp": SCORES32,
+            "gradient of the weights": SCORES32,
+            "gradient of exp": SCORES32,
+            "three steps of the gradient of the row sums": 3 * SCORES32,
             "output": LINEAR,
             "upstream gradient": LINEAR,
             "dv": LINEAR,
-            "row sums": ROWS,
-            "row maximum's index": INDICES,
-            "mask": MASK,
+            **_ROW_TERMS,
         },
     ),
     flops=Phases(2 * MATMUL, 4 * MATMUL),
     traffic=Phases(
-        12 * SCORES + 4 * LINEAR + 4 * ROWS + INDICES + c * 2 * SCORES + 4 * MASK,
-        32 * SCORES + 8 * LINEAR + 7 * ROWS + INDICES + c * 2 * SCORES + MASK,
+        4 * SCORES + 8 * SCORES32 + 2 * CAST + 4 * LINEAR + 4 * ROWS + INDICES + c * 2 * SCORES + 4 * MASK,
+        6 * SCORES + 26 * SCORES32 + 2 * CAST + 8 * LINEAR + 7 * ROWS + INDICES + c * 2 * SCORES + MASK,
     ),
 )
 
@@ -116,13 +110,14 @@ _FORWARD_TRAFFIC = 6 * SCORES + 4 * LINEAR + c * 2 * SCORES + 4 * MASK
 # On CUDA the kernel behind torch.softmax's backward first writes dP ∘ P into a matrix of its own
 # (softmax_backward_cuda_out in aten/src/ATen/native/cuda/SoftMax.cu); the CPU's kernel does not.
 _SOFTMAX_WORKSPACE = {"workspace of the softmax's backward kernel": g * SCORES}
-_GRADIENTS = {
+_LINEAR_GRADIENTS = {"output": LINEAR, "upstream gradient": LINEAR, "dv": LINEAR}
+_SOFTMAX_BACKWARD = {
     "weights": SCORES,
     "gradient of the weights": SCORES,
     "gradient of the scores": SCORES,
-    "output": LINEAR,
-    "upstream gradient": LINEAR,
-    "dv": LINEAR,
+    **_SOFTMAX_WORKSPACE,
+    **_LINEAR_GRADIENTS,
+    "mask": MASK,
 }
 
 NAIVE = Variant(
@@ -131,7 +126,7 @@ NAIVE = Variant(
     law=Law(
         saved={"weights": SCORES, "output": LINEAR, "mask": MASK},
         forward_peak=_SOFTMAX_PEAK,
-        backward_peak={**_GRADIENTS, **_SOFTMAX_WORKSPACE, "mask": MASK},
+        backward_peak=_SOFTMAX_BACKWARD,
     ),
     flops=Phases(2 * MATMUL, 4 * MATMUL),
     traffic=Phases(_FORWARD_TRAFFIC, 9 * SCORES + 8 * LINEAR + g * 3 * SCORES + c * 2 * SCORES + MASK),
@@ -143,10 +138,16 @@ WEIGHTS_ONLY = Variant(
     law=Law(
         saved={"weights": SCORES, "output": LINEAR},
         forward_peak=_SOFTMAX_PEAK,
-        backward_peak={**_GRADIENTS, "row sums of the gradient": ROWS},
+        backward_peak={
+            "weights": SCORES,
+            "gradient of the weights": SCORES32,
+            "its product with the weights": SCORES32,
+            "row sums of the product": ROWS,
+            **_LINEAR_GRADIENTS,
+        },
     ),
     flops=Phases(2 * MATMUL, 4 * MATMUL),
-    traffic=Phases(_FORWARD_TRAFFIC, 13 * SCORES + 12 * LINEAR + 2 * ROWS),
+    traffic=Phases(_FORWARD_TRAFFIC, 6 * SCORES + 9 * SCORES32 + 2 * CAST + 8 * LINEAR + 2 * ROWS),
 )
 
 RECOMPUTE = Variant(
@@ -155,7 +156,7 @@ RECOMPUTE = Variant(
     law=Law(
         saved={"output": LINEAR},
         forward_peak=_SOFTMAX_PEAK,
-        backward_peak={**_GRADIENTS, **_SOFTMAX_WORKSPACE, "mask": MASK},
+        backward_peak=_SOFTMAX_BACKWARD,
     ),
     flops=Phases(2 * MATMUL, 5 * MATMUL),  # QKᵀ once more; checkpoint stops before it would repeat PV
     traffic=Phases(_FORWARD_TRAFFIC, 14 * SCORES + 10 * LINEAR + g * 3 * SCORES + c * 4 * SCORES + 5 * MASK),

@@ -34,8 +34,8 @@ def test_formulas_equal_the_ledger(name, shape, kind):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_law_equals_the_allocator(name, shape, device):
-    """To the byte on CUDA. The CPU's allocator also counts the scale factor as a tensor, and in bfloat16 the matrix
-    library's own buffers, which no law of PyTorch's operations can know: there the peaks may be higher."""
+    """To the byte on CUDA. The CPU's allocator also counts the scale factor as a tensor, and in the half-size types its
+    kernels take buffers of their own, which no law of PyTorch's operations can know: there the peaks may be higher."""
     variant, qkv = VARIANTS[name], shape.inputs(device)
     for _ in range(2):  # the first run makes the libraries' workspaces
         seen = account(variant, *qkv, causal=shape.causal, backward=True)
@@ -43,5 +43,5 @@ def test_law_equals_the_allocator(name, shape, device):
         excess = seen[f"{which}_bytes"] - variant.law.bytes(which, shape, device)
         if device == "cuda":
             assert excess == 0, which
-        elif shape.dtype != "bfloat16" or which == "saved":
+        elif shape.dtype == "float32" or which == "saved":
             assert 0 <= excess <= 16, which

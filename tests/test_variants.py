@@ -1,5 +1,7 @@
 """Every variant against the float64 oracle: output and all three gradients."""
 
+import math
+
 import pytest
 import torch
 
@@ -29,21 +31,28 @@ def results(fn, qkv, do):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("size", SHAPES, ids=str)
 def test_equals_the_oracle(name, dtype, causal, size, device):
-    """The error is at most twice that of the same maths in the same dtype, and never more than one rounding matters.
+    """The error is at most twice that of the same maths in the same dtype, or one rounding of the exact result.
 
-    The floor of one rounding (half the dtype's epsilon, relative to the result) is what storing the exact result costs.
+    Errors are pooled over draws: with a handful of numbers, whose rounding is luckier in one draw says nothing.
     """
     shape = Shape(*size, dtype, causal)
     reach = VARIANTS[name].reach(shape.seq_len, causal).to(device)
-    qkv = shape.inputs(device, seed=sum(size))
-    do = torch.randn(qkv[0].shape, generator=torch.Generator(device).manual_seed(9), device=device).to(DTYPES[dtype])
-    exact = results(lambda q, k, v: oracle(q, k, v, reach), qkv, do)
-    plain = results(lambda q, k, v: reference(q, k, v, causal), qkv, do)
-    found = results(lambda q, k, v: VARIANTS[name].fn(q, k, v, causal=causal), qkv, do)
+    draws = min(50, max(1, 40_000 // math.prod(size)))
+    errors = {"exact": [0.0] * 4, "plain": [0.0] * 4, "found": [0.0] * 4}
+    for seed in range(draws):
+        qkv = shape.inputs(device, seed)
+        do = torch.randn(qkv[0].shape, generator=torch.Generator(device).manual_seed(seed + 99), device=device)
+        do = do.to(DTYPES[dtype])
+        exact = results(lambda q, k, v: oracle(q, k, v, reach), qkv, do)
+        plain = results(lambda q, k, v: reference(q, k, v, causal), qkv, do)
+        found = results(lambda q, k, v: VARIANTS[name].fn(q, k, v, causal=causal), qkv, do)
+        for i, (want, same, got) in enumerate(zip(exact, plain, found, strict=True)):
+            errors["exact"][i] += want.norm().item() ** 2
+            errors["plain"][i] += (same - want).norm().item() ** 2
+            errors["found"][i] += (got - want).norm().item() ** 2
     rounding = torch.finfo(DTYPES[dtype]).eps / 2
-    for what, want, same, got in zip(("o", "dq", "dk", "dv"), exact, plain, found, strict=True):
-        budget = max(2 * (same - want).norm().item(), rounding * want.norm().item())
-        assert (got - want).norm().item() <= budget, what
+    for what, size2, plain2, found2 in zip(("o", "dq", "dk", "dv"), *errors.values(), strict=True):
+        assert found2 <= max(4 * plain2, rounding**2 * size2), what
 
 
 def test_oracle_gives_zero_where_nothing_is_seen():
