@@ -1,9 +1,10 @@
 """Plain attention, softmax(QKᵀ/√D)V, in the four ways people write it. All give the same output and gradients.
 
 The softmax is computed in float32 whatever the inputs are, as the kernel of torch.softmax does inside: by hand in
-bfloat16 or float16 its error would be more than twice as large. The variants differ in what is alive when: each lists the N×N matrices it keeps for the backward pass (law.saved), the most it
-holds at once (the peaks), the operations it does (flops) and the bytes those move (traffic). Tensors are
-`[B, H, N, D]`. Source of the definition: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
+bfloat16 or float16 its error would be more than twice as large. The variants differ in what is alive when: each lists
+the N×N matrices it keeps for the backward pass (law.saved), the most it holds at once (the peaks), the operations it
+does (flops) and the bytes those move (traffic). Tensors are `[B, H, N, D]`.
+Source of the definition: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
 """
 
 import torch

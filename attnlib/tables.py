@@ -187,3 +187,12 @@ def published(beside: pd.DataFrame):
     )
     frame = cells.pivot(index="seq_len", columns="source", values="cell")[beside["source"].unique()]
     return table(frame.reset_index().rename_axis(columns=None))
+
+
+def agreement(pairs: dict[str, pd.DataFrame]):
+    """How far the two times of a pair lie apart, |ratio - 1|, by sequence length: median and 90th percentile."""
+    columns = {}
+    for name, frame in pairs.items():
+        off = (frame["ratio"] - 1).abs().groupby(frame["seq_len"])
+        columns |= {f"{name}, median": off.median(), f"{name}, 90 %": off.quantile(0.9)}
+    return table(pd.DataFrame(columns).reset_index(), dict.fromkeys(columns, "{:.1%}"))
