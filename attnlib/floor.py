@@ -8,6 +8,7 @@ import math
 
 import pandas as pd
 
+from attnlib import variant as named
 from attnlib.core import ACCOUNTS, Shape, Variant
 from attnlib.measure import POINT
 from attnlib.memory import ledger
@@ -58,11 +59,11 @@ def floor(variant: Variant, shape: Shape, machine: dict, rates: str = "copy_gb_s
     return found
 
 
-def with_predictions(rows: pd.DataFrame, variants: dict[str, Variant], machine: dict) -> pd.DataFrame:
+def with_predictions(rows: pd.DataFrame, machine: dict) -> pd.DataFrame:
     """`rows` of a sweep with each point's floor and regime, its laws' bytes, and `needed_bytes`, inputs included."""
     predicted = []
     for row in rows[POINT].itertuples(index=False):
-        variant, shape = variants[row.variant], Shape(*row[1:6], causal=bool(row.causal))
+        variant, shape = named(row.variant), Shape(*row[1:6], causal=bool(row.causal))
         laws = {f"{account}_law_bytes": variant.law.bytes(account, shape, machine["kind"]) for account in ACCOUNTS}
         needed = shape.input_bytes + max(laws.values())
         predicted.append(floor(variant, shape, machine) | laws | {"needed_bytes": needed})

@@ -77,9 +77,10 @@ def measure(variant: Variant, shape: Shape, device: str = "cpu", budget_s: float
         try:
             row.update(step())
         except RuntimeError as error:  # the tensors that its traceback holds must be gone before anything is cleaned up
-            if not out_of_memory(error):
+            lacking = isinstance(error, NotImplementedError)  # an operation that this device has not got for this dtype
+            if not lacking and not out_of_memory(error):
                 raise
-            row.update(status="oom", phase=phase, reason=str(error).splitlines()[0])
+            row.update(status="unsupported" if lacking else "oom", phase=phase, reason=str(error).splitlines()[0])
         if row["phase"] == phase:
             gc.collect()
         if device != "cpu":

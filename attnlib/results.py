@@ -11,7 +11,7 @@ from IPython.display import Markdown, display
 
 from attnlib import device as dev
 from attnlib.core import AttnError, Shape, Variant
-from attnlib.measure import COLUMNS, STATUSES
+from attnlib.measure import COLUMNS, POINT, STATUSES
 from attnlib.sweep import Worker, sweep
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +87,9 @@ def load(device: str, name: str) -> pd.DataFrame:
         raise AttnError(f"cannot read {path.relative_to(ROOT)}: {error}") from error
     if missing := [column for column in COLUMNS if column not in rows]:
         raise AttnError(f"{path.relative_to(ROOT)} lacks the column(s) {', '.join(missing)}")
+    figures = rows.drop(columns=[*POINT, "status", "phase", "reason", "machine", "torch"])
+    if not all(pd.api.types.is_numeric_dtype(figures[column]) for column in figures):
+        raise AttnError(f"{path.relative_to(ROOT)} has text where a number belongs")
     if rows.empty or not rows["status"].isin(STATUSES).all() or rows["machine"].nunique() != 1:
         raise AttnError(f"{path.relative_to(ROOT)} is empty, damaged, or of more than one machine")
     if (machine := rows["machine"].iloc[0]) not in known:
@@ -161,7 +164,9 @@ class Run:
         self.claims.append({"claim": text, "predicted": predicted, "measured": measured, "holds": holds})
 
     def close(self):
-        """Write the claims of this notebook to data/<device>/claims.csv. Raises AttnError if one does not hold."""
+        """Write this notebook's claims to data/<device>/claims.csv. Raises AttnError if one does not hold."""
+        if not self.replay:
+            self.worker.stop()
         path = ROOT / "data" / self.folder / "claims.csv"
         mine = pd.DataFrame(self.claims).assign(notebook=self.notebook)
         others = pd.read_csv(path, dtype=str).query("notebook != @self.notebook") if path.exists() else None

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from attnlib import variant as named
 from attnlib.core import ACCOUNTS, Shape, Variant
 from attnlib.floor import floor
 from attnlib.measure import PHASES
@@ -128,14 +129,14 @@ def fit(rows: pd.DataFrame, phase: str) -> float:
     return float(np.polyfit(np.log(seen["seq_len"]), np.log(seen[f"{phase}_ms"]), 1)[0])
 
 
-def distance(rows: pd.DataFrame, variants: dict[str, Variant], machine: dict):
+def distance(rows: pd.DataFrame, machine: dict):
     """At each variant's longest timed sequence, how many times its floor it took, by the copy and the clone ceiling."""
     table_rows = []
     for variant, group in rows.groupby("variant", sort=False):
         for phase in PHASES[:2]:
             row = group.dropna(subset=[f"{phase}_ms"]).sort_values("seq_len").iloc[-1]
             shape = Shape(*row[["batch", "heads", "seq_len", "head_dim", "dtype"]], causal=bool(row["causal"]))
-            least = [floor(variants[variant], shape, machine, f"{kind}_gb_s") for kind in ("copy", "clone")]
+            least = [floor(named(variant), shape, machine, f"{kind}_gb_s") for kind in ("copy", "clone")]
             times = [f"{row[f'{phase}_ms'] / floors[f'{phase}_floor_ms']:.2f}×" for floors in least]
             table_rows.append((variant, phase, row["seq_len"], f"{row[f'{phase}_ms']:.3g}", *times))
     columns = ["variant", "phase", "seq_len", "measured ms", "of the floor (copy)", "of the floor (clone)"]

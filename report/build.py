@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import nbformat  # noqa: E402
 import papermill  # noqa: E402
 import torch  # noqa: E402
+from nbclient.exceptions import DeadKernelError  # noqa: E402
 from nbconvert.exporters import MarkdownExporter  # noqa: E402
 from nbconvert.preprocessors import Preprocessor, TagRemovePreprocessor  # noqa: E402
 from traitlets.config import Config  # noqa: E402
@@ -36,10 +37,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 def execute(notebook: Path, target: Path, parameters: dict):
     """Run a notebook into `target`, which appears only if every cell succeeded.
 
-    Raises AttnError for a parameter that the notebook does not declare, and with the failing cell's last line.
+    Raises AttnError with the failing cell's last line, or if the kernel died.
     """
-    if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(notebook))):
-        raise AttnError(f"{notebook.name} has no parameter {', '.join(unknown)}")
     draft = target.with_suffix(".partial.ipynb")
     try:
         papermill.execute_notebook(
@@ -53,7 +52,9 @@ def execute(notebook: Path, target: Path, parameters: dict):
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # or each kernel prints a warning
         )
     except papermill.PapermillExecutionError as error:
-        raise AttnError(f"{notebook.name} failed: {error.ename}: {error.evalue}") from error
+        raise AttnError(f"{notebook.name} failed: {error.ename}: {error.evalue.splitlines()[0]}") from error
+    except DeadKernelError as error:
+        raise AttnError(f"{notebook.name} failed: its kernel died") from error
     draft.rename(target)
 
 
@@ -136,7 +137,13 @@ def export(out: Path, machine: dict):
 
 
 def build(folder: str, machine: dict, parameters: dict):
-    """Execute every notebook and export the report to build/<folder>/. A report of an earlier run is removed first."""
+    """Execute every notebook and export the report to build/<folder>/. A report of an earlier run is removed first.
+
+    Raises AttnError for a parameter that a notebook does not declare, before anything is touched.
+    """
+    for notebook in NOTEBOOKS:
+        if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(notebook))):
+            raise AttnError(f"{notebook.name} has no parameter {', '.join(unknown)}")
     out = ROOT / "build" / folder
     for name in ("report.html", "report.pdf"):
         (out / name).unlink(missing_ok=True)
@@ -194,6 +201,9 @@ def main() -> int:
     except AttnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, and the next `make report` goes on from it", file=sys.stderr)
+        return 130
     return 0
 
 

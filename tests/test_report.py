@@ -1,0 +1,163 @@
+"""What the project hands in: README, notebooks, commands, and a report that is whole or not there."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from attnlib import VARIANTS, results
+from attnlib.core import AttnError
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def readme_table() -> str:
+    """The README's table, from the committed rows."""
+    rows = results.load("nvidia-h200", "01_naive_sweep").query("head_dim == 64")
+    lines = ["| N | " + " | ".join(f"`{name}`" for name in VARIANTS) + " |", "|---:|" + "---:|" * len(VARIANTS)]
+    for seq_len in (1024, 4096, 16384, 32768):
+        cells = []
+        for name in VARIANTS:
+            row = rows.query("seq_len == @seq_len and variant == @name").iloc[0]
+            figures = f"{row['forward_backward_ms']:.3g} ms, {row['backward_peak_bytes'] / 2**30:.2f} GiB"
+            cells.append(figures if row["status"] == "ok" else f"out of memory in {row['phase']}")
+        lines.append(f"| {seq_len} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def build(root: Path, *arguments: str, **environment):
+    """Run report/build.py of a copy of the project."""
+    return subprocess.run(
+        [sys.executable, root / "report" / "build.py", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)} | environment,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The project without its history and what it built, to be broken."""
+    ignore = shutil.ignore_patterns(".*", "build", "*-quick", "__pycache__", "*.egg-info")
+    return Path(shutil.copytree(ROOT, tmp_path / "project", ignore=ignore))
+
+
+def replace_notebook(root: Path, *cells: str):
+    """Put a notebook of a few cells in place of all others; the first cell is tagged `parameters`."""
+    for path in (root / "notebooks").glob("*.ipynb"):
+        path.unlink()
+    made = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    made[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=made), root / "notebooks" / "01_test.ipynb")
+
+
+def is_one_line_error(done) -> bool:
+    """Whether a command failed with one line that starts with `error: `, and no traceback."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return done.returncode != 0 and len(lines) == 1 and "Traceback" not in done.stderr
+
+
+PARAMETERS = 'device = "cpu"\nprofile = "quick"\nreplay = False'
+
+
+def test_readme_table_is_computed():
+    assert readme_table() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_are_essays_without_outputs(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    lines = [sum(1 for line in "".join(cell["source"]).splitlines() if line.strip()) for cell in code]
+    words = sum(len("".join(cell["source"]).split()) for cell in cells if cell["cell_type"] == "markdown")
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    assert max(lines) <= 20 and words >= 6 * sum(lines)
+
+
+def test_replay_makes_both_formats_from_committed_data(copy):
+    done = build(copy, "replay", "--device", "nvidia-h200")
+    assert done.returncode == 0, done.stderr
+    out = copy / "build" / "nvidia-h200"
+    html = (out / "report.html").read_text()
+    assert (out / "report.pdf").read_bytes().startswith(b"%PDF")
+    assert "<math" in html and "data:image/svg+xml" in html and "prefers-color-scheme" in html
+    assert 'src="http' not in html and 'href="http' not in html.split("<main>")[0]
+    claims = pd.read_csv(copy / "data" / "nvidia-h200" / "claims.csv")
+    assert claims["holds"].all() and len(claims) >= 10
+
+
+def test_a_failing_notebook_leaves_no_report(copy):
+    out = copy / "build" / "nvidia-h200"
+    out.mkdir(parents=True)
+    (out / "report.html").write_text("of an earlier run")
+    replace_notebook(copy, PARAMETERS, "1 / 0")
+    done = build(copy, "replay", "--device", "nvidia-h200")
+    assert is_one_line_error(done) and "ZeroDivisionError" in done.stderr
+    assert not list(out.glob("report.*")) and not (out / "notebooks" / "01_test.ipynb").exists()
+
+
+def test_a_killed_kernel_leaves_no_report(copy):
+    replace_notebook(copy, PARAMETERS, "import os\nos.kill(os.getpid(), 9)")
+    done = build(copy, "replay", "--device", "nvidia-h200")
+    assert is_one_line_error(done)
+    assert not list((copy / "build" / "nvidia-h200").glob("report.*"))
+
+
+def test_a_false_claim_leaves_no_report(copy):
+    run = "from attnlib.results import Run\nrun = Run('01_test', device, profile, replay)\n"
+    replace_notebook(copy, PARAMETERS, run + "run.claim('one is two', 1, 2)\nrun.close()")
+    done = build(copy, "replay", "--device", "nvidia-h200")
+    assert is_one_line_error(done) and "one is two" in done.stderr
+    assert not list((copy / "build" / "nvidia-h200").glob("report.*"))
+
+
+@pytest.mark.parametrize("text", ["see @fig-nowhere", "raw \\unknownmacro{x} $\\unknownmacro{x}$", "<b>lost</b>"])
+def test_what_would_be_lost_stops_the_export(copy, text):
+    replace_notebook(copy, PARAMETERS, f"from attnlib.results import say\nsay({text!r})")
+    done = build(copy, "replay", "--device", "nvidia-h200")
+    assert is_one_line_error(done) and not list((copy / "build" / "nvidia-h200").glob("report.*"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("measure", "--device", "tpu"),
+        ("measure", "--device", "cuda:99"),
+        ("measure", "--device", "cpu", "--profile", "slow"),
+        ("measure", "--device", "cpu", "--profile", "quick", "-p", "speed", "11"),
+        ("replay", "--device", "nowhere"),
+        ("replay", "--device", "../data"),
+        ("replay", "--device", "published"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_gets_one_line_and_touches_nothing(copy, arguments):
+    before = sorted(path for path in copy.rglob("*") if "__pycache__" not in path.parts)
+    done = build(copy, *arguments)
+    assert is_one_line_error(done), done.stderr
+    assert [path for path in sorted(copy.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+@pytest.mark.parametrize("damage", ["column", "status", "machine", "text", "empty"])
+def test_a_damaged_csv_is_refused(monkeypatch, tmp_path, damage):
+    shutil.copytree(ROOT / "data" / "nvidia-h200", tmp_path / "data" / "nvidia-h200")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    path = tmp_path / "data" / "nvidia-h200" / "01_naive_sweep.csv"
+    rows = pd.read_csv(path, dtype=str)
+    if damage == "column":
+        rows = rows.drop(columns="saved_bytes")
+    elif damage == "empty":
+        rows = rows.head(0)
+    else:
+        rows.loc[3, {"status": "status", "machine": "machine", "text": "forward_ms"}[damage]] = "fast"
+    rows.to_csv(path, index=False)
+    with pytest.raises(AttnError):
+        results.load("nvidia-h200", "01_naive_sweep")
