@@ -1,9 +1,7 @@
 """What the project hands in: README, notebooks, commands, and a report that is whole or not there."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 from attnlib import VARIANTS, results
 from attnlib.core import AttnError
+from report import build as report
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -25,29 +24,36 @@ def readme_table() -> str:
     for seq_len in (1024, 4096, 16384, 32768):
         cells = []
         for name in VARIANTS:
-            row = rows.query("seq_len == @seq_len and variant == @name").iloc[0]
+            row = rows[(rows["seq_len"] == seq_len) & (rows["variant"] == name)].iloc[0]
             figures = f"{row['forward_backward_ms']:.3g} ms, {row['backward_peak_bytes'] / 2**30:.2f} GiB"
             cells.append(figures if row["status"] == "ok" else f"out of memory in {row['phase']}")
         lines.append(f"| {seq_len} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def build(root: Path, *arguments: str, **environment):
-    """Run report/build.py of a copy of the project."""
-    return subprocess.run(
-        [sys.executable, root / "report" / "build.py", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(root)} | environment,
-        timeout=300,
-    )
+@pytest.fixture
+def copy(tmp_path, monkeypatch) -> Path:
+    """The project without its history and what it built, to be broken; `build` below works on it."""
+    ignore = shutil.ignore_patterns(".*", "build", "*-quick", "__pycache__", "*.egg-info")
+    root = Path(shutil.copytree(ROOT, tmp_path / "project", ignore=ignore))
+    monkeypatch.setattr(results, "ROOT", root)
+    monkeypatch.setattr(report, "ROOT", root)
+    monkeypatch.setattr(report, "HERE", root / "report")
+    monkeypatch.setenv("PYTHONPATH", "")
+    return root
 
 
 @pytest.fixture
-def copy(tmp_path) -> Path:
-    """The project without its history and what it built, to be broken."""
-    ignore = shutil.ignore_patterns(".*", "build", "*-quick", "__pycache__", "*.egg-info")
-    return Path(shutil.copytree(ROOT, tmp_path / "project", ignore=ignore))
+def build(copy, monkeypatch, capsys):
+    """Run report/build.py on the copy: its exit status, and what it wrote to stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(report, "NOTEBOOKS", sorted((copy / "notebooks").glob("[0-9][0-9]_*.ipynb")))
+        monkeypatch.setattr(sys, "argv", ["build.py", *arguments])
+        status = report.main()
+        return status, capsys.readouterr().err
+
+    return run
 
 
 def replace_notebook(root: Path, *cells: str):
@@ -56,13 +62,13 @@ def replace_notebook(root: Path, *cells: str):
         path.unlink()
     made = [nbformat.v4.new_code_cell(cell) for cell in cells]
     made[0].metadata["tags"] = ["parameters"]
-    nbformat.write(nbformat.v4.new_notebook(cells=made), root / "notebooks" / "01_test.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=made, metadata=kernel), root / "notebooks" / "01_test.ipynb")
 
 
-def is_one_line_error(done) -> bool:
+def is_one_line_error(status: int, err: str) -> bool:
     """Whether a command failed with one line that starts with `error: `, and no traceback."""
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return done.returncode != 0 and len(lines) == 1 and "Traceback" not in done.stderr
+    return status != 0 and sum(line.startswith("error: ") for line in err.splitlines()) == 1 and "Traceback" not in err
 
 
 PARAMETERS = 'device = "cpu"\nprofile = "quick"\nreplay = False'
@@ -82,9 +88,8 @@ def test_notebooks_are_essays_without_outputs(path):
     assert max(lines) <= 20 and words >= 6 * sum(lines)
 
 
-def test_replay_makes_both_formats_from_committed_data(copy):
-    done = build(copy, "replay", "--device", "nvidia-h200")
-    assert done.returncode == 0, done.stderr
+def test_replay_makes_both_formats_from_committed_data(copy, build):
+    assert build("replay", "--device", "nvidia-h200") == (0, "")
     out = copy / "build" / "nvidia-h200"
     html = (out / "report.html").read_text()
     assert (out / "report.pdf").read_bytes().startswith(b"%PDF")
@@ -94,36 +99,35 @@ def test_replay_makes_both_formats_from_committed_data(copy):
     assert claims["holds"].all() and len(claims) >= 10
 
 
-def test_a_failing_notebook_leaves_no_report(copy):
+def test_a_failing_notebook_leaves_no_report(copy, build):
     out = copy / "build" / "nvidia-h200"
     out.mkdir(parents=True)
     (out / "report.html").write_text("of an earlier run")
     replace_notebook(copy, PARAMETERS, "1 / 0")
-    done = build(copy, "replay", "--device", "nvidia-h200")
-    assert is_one_line_error(done) and "ZeroDivisionError" in done.stderr
+    status, err = build("replay", "--device", "nvidia-h200")
+    assert is_one_line_error(status, err) and "ZeroDivisionError" in err
     assert not list(out.glob("report.*")) and not (out / "notebooks" / "01_test.ipynb").exists()
 
 
-def test_a_killed_kernel_leaves_no_report(copy):
+def test_a_killed_kernel_leaves_no_report(copy, build):
     replace_notebook(copy, PARAMETERS, "import os\nos.kill(os.getpid(), 9)")
-    done = build(copy, "replay", "--device", "nvidia-h200")
-    assert is_one_line_error(done)
+    assert is_one_line_error(*build("replay", "--device", "nvidia-h200"))
     assert not list((copy / "build" / "nvidia-h200").glob("report.*"))
 
 
-def test_a_false_claim_leaves_no_report(copy):
+def test_a_false_claim_leaves_no_report(copy, build):
     run = "from attnlib.results import Run\nrun = Run('01_test', device, profile, replay)\n"
     replace_notebook(copy, PARAMETERS, run + "run.claim('one is two', 1, 2)\nrun.close()")
-    done = build(copy, "replay", "--device", "nvidia-h200")
-    assert is_one_line_error(done) and "one is two" in done.stderr
+    status, err = build("replay", "--device", "nvidia-h200")
+    assert is_one_line_error(status, err) and "one is two" in err
     assert not list((copy / "build" / "nvidia-h200").glob("report.*"))
 
 
 @pytest.mark.parametrize("text", ["see @fig-nowhere", "raw \\unknownmacro{x} $\\unknownmacro{x}$", "<b>lost</b>"])
-def test_what_would_be_lost_stops_the_export(copy, text):
+def test_what_would_be_lost_stops_the_export(copy, build, text):
     replace_notebook(copy, PARAMETERS, f"from attnlib.results import say\nsay({text!r})")
-    done = build(copy, "replay", "--device", "nvidia-h200")
-    assert is_one_line_error(done) and not list((copy / "build" / "nvidia-h200").glob("report.*"))
+    assert is_one_line_error(*build("replay", "--device", "nvidia-h200"))
+    assert not list((copy / "build" / "nvidia-h200").glob("report.*"))
 
 
 @pytest.mark.parametrize(
@@ -139,10 +143,9 @@ def test_what_would_be_lost_stops_the_export(copy, text):
     ],
     ids=" ".join,
 )
-def test_bad_input_gets_one_line_and_touches_nothing(copy, arguments):
+def test_bad_input_gets_one_line_and_touches_nothing(copy, build, arguments):
     before = sorted(path for path in copy.rglob("*") if "__pycache__" not in path.parts)
-    done = build(copy, *arguments)
-    assert is_one_line_error(done), done.stderr
+    assert is_one_line_error(*build(*arguments))
     assert [path for path in sorted(copy.rglob("*")) if "__pycache__" not in path.parts] == before
 
 

@@ -47,7 +47,7 @@ def test_a_worker_killed_twenty_times_costs_no_row(tmp_path, machine, worker):
     def killer():
         while len(kills) < 20:
             process = worker.process
-            time.sleep(rng.uniform(0, 3))
+            time.sleep(rng.uniform(0, 2))
             if process is not None and process is worker.process and process.pid:
                 os.kill(process.pid, signal.SIGKILL)
                 kills.append(process.pid)
