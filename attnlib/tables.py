@@ -21,7 +21,7 @@ def table(frame: pd.DataFrame, formats: dict | str | None = None, index: bool = 
 
 def size(nbytes: float) -> str:
     """Bytes in the largest unit that leaves a number of at least one: "64 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
         if nbytes < 1024 or unit == "GiB":
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1024

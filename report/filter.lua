@@ -19,10 +19,6 @@ local function number(id, caption)
   return caption
 end
 
-local function align(cell, index)
-  cell.alignment = index == 1 and pandoc.AlignLeft or pandoc.AlignRight
-end
-
 local function table_of(div)
   local caption, raw = div.content[1], div.content[2]
   local doc = pandoc.read(raw.text:gsub("<style.-</style>", ""), "html")
@@ -31,13 +27,15 @@ local function table_of(div)
   if not tbl then error("no table in " .. div.identifier) end
   tbl.attr = pandoc.Attr(div.identifier)
   tbl.caption = number(div.identifier, {long = pandoc.Blocks({pandoc.Plain(caption.content)})})
-  for _, part in ipairs({tbl.head.rows, table.unpack(tbl.bodies:map(function(b) return b.body end))}) do
-    for _, row in ipairs(part) do
-      for _, cell in ipairs(row.cells) do cell.attr = pandoc.Attr() end
+  local sections = {tbl.head.rows}
+  for _, body in ipairs(tbl.bodies) do table.insert(sections, body.body) end
+  for _, rows in ipairs(sections) do
+    for _, row in ipairs(rows) do
+      for _, cell in ipairs(row.cells) do cell.attr, cell.alignment = pandoc.Attr(), pandoc.AlignDefault end
     end
   end
-  for i, spec in ipairs(tbl.colspecs) do tbl.colspecs[i] = {pandoc.AlignRight, nil} end
-  return tbl
+  for i = 1, #tbl.colspecs do tbl.colspecs[i] = {i == 1 and pandoc.AlignLeft or pandoc.AlignRight, nil} end
+  return html and pandoc.Div({tbl}, pandoc.Attr("", {"wide"})) or tbl
 end
 
 local first_pass = {
