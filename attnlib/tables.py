@@ -27,6 +27,11 @@ def size(nbytes: float) -> str:
         nbytes /= 1024
 
 
+def digits(value: float) -> str:
+    """Three significant digits without an exponent: "0.0351", "1,210"."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
 def law_and_ledger(variants: dict[str, Variant], shapes: list[Shape], what: str, device: str) -> tuple[int, int]:
     """The sum over variants, shapes and phases of `what` ("flops" or "traffic"): from the formulas, from the ledger."""
     column = {"flops": "flops", "traffic": "traffic_bytes"}[what]
@@ -57,7 +62,7 @@ def prediction(variant: Variant, shapes: list[Shape], machine: dict):
         least = floor(variant, shape, machine)
         cells = {"seq_len": shape.seq_len}
         for phase in PHASES[:2]:
-            cells[f"{phase} ms"] = f"{least[f'{phase}_floor_ms']:.3g}"
+            cells[f"{phase} ms"] = digits(least[f"{phase}_floor_ms"])
             cells[f"{phase} regime"] = f"{least[f'{phase}_regime']}-bound"
         rows.append(
             {**cells, "peak": size(max(variant.law.bytes(account, shape, machine["kind"]) for account in ACCOUNTS))}
@@ -77,10 +82,10 @@ def full(rows: pd.DataFrame):
             "status": rows["status"] + rows["phase"].map(lambda phase: f" in {phase}" if phase else ""),
         }
     ).sort_values(["d_model", "seq_len"])
-    return table(frame, {"forward ms": "{:.3g}", "backward ms": "{:.3g}", "memory before backward MiB": "{:,.1f}"})
+    return table(frame, {"forward ms": digits, "backward ms": digits, "memory before backward MiB": "{:,.1f}"})
 
 
-def pivot(rows: pd.DataFrame, column: str, unit: float = 1, form: str = "{:.3g}", columns: str = "head_dim"):
+def pivot(rows: pd.DataFrame, column: str, unit: float = 1, form=digits, columns: str = "head_dim"):
     """`column` by sequence length and d_model, or another of the columns."""
     frame = (rows.assign(x=rows[column] / unit).pivot(index="seq_len", columns=columns, values="x")).reset_index()
     label = "seq_len \\ d_model" if columns == "head_dim" else "seq_len"
@@ -94,7 +99,8 @@ def spread(rows: pd.DataFrame):
     for phase in PHASES[:2]:
         for row in rows.dropna(subset=[f"{phase}_ms"]).to_dict("records"):
             m = {name: row[f"{phase}_ms{name}"] for name in ("", "_p20", "_p80", "_mean", "_std", "_count")}
-            mean, median = f"{m['_mean']:.3g} ± {m['_std']:.2g}", f"{m['']:.3g} ({m['_p20']:.3g} to {m['_p80']:.3g})"
+            mean = f"{digits(m['_mean'])} ± {digits(m['_std'])}"
+            median = f"{digits(m[''])} ({digits(m['_p20'])} to {digits(m['_p80'])})"
             found.append((row["seq_len"], phase, mean, median, int(m["_count"])))
     return table(pd.DataFrame(found, columns=["seq_len", "phase", "mean ± std", "median (p20 to p80)", "samples"]))
 
@@ -138,7 +144,7 @@ def distance(rows: pd.DataFrame, machine: dict):
             shape = Shape(*row[["batch", "heads", "seq_len", "head_dim", "dtype"]], causal=bool(row["causal"]))
             least = [floor(named(variant), shape, machine, f"{kind}_gb_s") for kind in ("copy", "clone")]
             times = [f"{row[f'{phase}_ms'] / floors[f'{phase}_floor_ms']:.2f}×" for floors in least]
-            table_rows.append((variant, phase, row["seq_len"], f"{row[f'{phase}_ms']:.3g}", *times))
+            table_rows.append((variant, phase, row["seq_len"], digits(row[f"{phase}_ms"]), *times))
     columns = ["variant", "phase", "seq_len", "measured ms", "of the floor (copy)", "of the floor (clone)"]
     return table(pd.DataFrame(table_rows, columns=columns))
 
@@ -163,7 +169,7 @@ def options(rows: pd.DataFrame):
     found = {}
     for row in rows.to_dict("records"):
         option = ", ".join((row["dtype"], *["causal"] * row["causal"], *[f"{row['heads']} heads"] * (row["heads"] > 1)))
-        figures = f"{row['forward_backward_ms']:.3g} ms, {row['backward_peak_bytes'] / MIB:,.0f} MiB"
+        figures = f"{digits(row['forward_backward_ms'])} ms, {row['backward_peak_bytes'] / MIB:,.0f} MiB"
         found.setdefault(option, {"option": option})[row["variant"]] = (
             figures if row["status"] == "ok" else row["status"]
         )
@@ -182,7 +188,7 @@ def published(beside: pd.DataFrame):
     """beside_published as a table, forward / backward in milliseconds."""
     cells = beside.assign(
         cell=[
-            NO_FIGURE if np.isnan(f) else f"{f:.3g} / {NO_FIGURE if np.isnan(b) else f'{b:.3g}'}"
+            NO_FIGURE if np.isnan(f) else f"{digits(f)} / {NO_FIGURE if np.isnan(b) else digits(b)}"
             for f, b in zip(beside["forward_ms"], beside["backward_ms"], strict=True)
         ]
     )
