@@ -19,23 +19,30 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 .DEFAULT_GOAL := help
 
 report: ready ## measure this machine and write build/<device>/report.html and .pdf (DEVICE=auto|all|cpu|cuda:1 PROFILE=full|quick)
-	@$(PYTHON) report/build.py measure --device $(DEVICE) --profile $(PROFILE) $(ARGS)
+	@"$(PYTHON)" report/build.py measure --device "$(DEVICE)" --profile "$(PROFILE)" $(ARGS)
 
 replay: ready ## rebuild the report from committed data (DEVICE=nvidia-h200)
-	@$(PYTHON) report/build.py replay --device $(DEVICE) $(ARGS)
+	@"$(PYTHON)" report/build.py replay --device "$(DEVICE)" --profile "$(PROFILE)" $(ARGS)
 
 test: ready ## run the tests
-	@$(PYTHON) -m pytest $(ARGS)
+	@"$(PYTHON)" -m pytest $(ARGS)
 
 lab: ready ## open the notebooks in JupyterLab
-	@$(PYTHON) -m jupyterlab notebooks
+	@"$(PYTHON)" -m jupyterlab notebooks
 
 lint: ready ## check code and notebooks with ruff
-	@$(PYTHON) -m ruff check && $(PYTHON) -m ruff format --check
+	@"$(PYTHON)" -m ruff check && "$(PYTHON)" -m ruff format --check
 
-NEEDED := torch, pandas, matplotlib, seaborn, sympy, psutil, tqdm, papermill, nbconvert, ipykernel
+NEEDED = torch pandas matplotlib seaborn sympy psutil tqdm papermill nbconvert ipykernel
+test: NEEDED += pytest pypandoc typst
+lint: NEEDED = ruff
+lab: NEEDED += jupyterlab
+FIND := import importlib.util as u, sys; print(*[p for p in sys.argv[1:] if not u.find_spec(p)])
 ready: $(OWN)
-	@$(PYTHON) -c "import $(NEEDED)" || { echo "error: $(PYTHON) lacks what is named above; install it with: $(PYTHON) -m pip install -e ." >&2; exit 1; }
+	@lacking=$$("$(PYTHON)" -c '$(FIND)' $(NEEDED)) || { echo "error: $(PYTHON) does not run" >&2; exit 1; }; \
+	if [ -n "$$lacking" ]; then \
+	  echo "error: $(PYTHON) lacks $$lacking; install with: $(PYTHON) -m pip install -e ." >&2; exit 1; \
+	fi
 
 .venv/ready: pyproject.toml
 	@echo "making .venv (torch and Jupyter: a few minutes of downloads the first time)"

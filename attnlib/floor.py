@@ -1,7 +1,8 @@
 """The least time a variant can take: its operations, from the ledger, at the rates the device has shown.
 
 The roofline model (Williams, Waterman, Patterson 2009), with a third ceiling for what an operation costs before it
-does anything. It is a floor: what is measured lies above it, and how far above is the finding.
+does anything. How far above it a measurement lies is the finding. Only a cache can undercut it: an operation that finds
+its operands there does not wait for memory.
 """
 
 import math
@@ -44,8 +45,8 @@ def operations(variant: Variant, shape: Shape, machine: dict, rates: str = "copy
 def floor(variant: Variant, shape: Shape, machine: dict, rates: str = "copy_gb_s") -> dict:
     """`<phase>_floor_ms` and `<phase>_regime` for forward and backward.
 
-    The operations run one after the other while the next ones are being launched, so neither the sum of their
-    execution times nor the sum of their launches can be undercut. The regime is what the larger sum is made of.
+    The operations run one after the other while the next ones are being launched, so the whole takes at least the sum
+    of their execution times and at least the sum of their launches. The regime is what the larger sum is made of.
     """
     found = {}
     for phase, ops in operations(variant, shape, machine, rates).groupby("phase"):
@@ -65,8 +66,8 @@ def with_predictions(rows: pd.DataFrame, machine: dict) -> pd.DataFrame:
     for row in rows[POINT].itertuples(index=False):
         variant, shape = named(row.variant), Shape(*row[1:6], causal=bool(row.causal))
         laws = {f"{account}_law_bytes": variant.law.bytes(account, shape, machine["kind"]) for account in ACCOUNTS}
-        needed = shape.input_bytes + max(laws.values())
-        predicted.append(floor(variant, shape, machine) | laws | {"needed_bytes": needed})
+        needed = {"input_bytes": shape.input_bytes, "needed_bytes": shape.input_bytes + max(laws.values())}
+        predicted.append(floor(variant, shape, machine) | laws | needed)
     return rows.join(pd.DataFrame(predicted, index=rows.index))
 
 

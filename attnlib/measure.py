@@ -12,12 +12,12 @@ STATUSES = ("ok", "oom", "unsupported", "crash", "timeout")
 PHASES = ("forward", "backward", "forward_backward")
 STATISTICS = ("", "_p20", "_p80", "_mean", "_std", "_count")
 POINT = ["variant", "batch", "heads", "seq_len", "head_dim", "dtype", "causal"]
-COLUMNS = [
-    *POINT,
+FIGURES = [
     *(f"{phase}_ms{statistic}" for phase in PHASES for statistic in STATISTICS),
     *("memory_before_backward_bytes", "saved_bytes", "forward_peak_bytes", "backward_peak_bytes"),
-    *("reserved_peak_bytes", "clock_mhz", "power_w", "temperature_c", "status", "phase", "reason", "machine", "torch"),
+    *("reserved_peak_bytes", "clock_mhz", "power_w", "temperature_c"),
 ]
+COLUMNS = [*POINT, *FIGURES, "status", "phase", "reason", "machine", "torch"]
 
 
 def statistics(phase: str, times_ms: list[float]) -> dict:

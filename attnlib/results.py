@@ -10,9 +10,10 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 from attnlib import device as dev
+from attnlib import variant
 from attnlib.core import AttnError, Shape, Variant
-from attnlib.measure import COLUMNS, POINT, STATUSES
-from attnlib.sweep import Worker, sweep
+from attnlib.measure import COLUMNS, POINT
+from attnlib.sweep import Worker, is_sound, sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,11 +54,19 @@ def devices() -> list[str]:
 
 
 def machines(folder: Path) -> dict[str, dict]:
-    """The machines that the CSVs of a folder were measured on: `{machine: description}`, from machine.json."""
+    """The machines that the CSVs of a folder were measured on: `{machine: description}`, from machine.json.
+
+    Raises AttnError if the folder is none of `devices()`, or the file is damaged.
+    """
+    if folder.name not in devices() or folder.parent != ROOT / "data":
+        raise AttnError(f"no data for device {folder.name!r} (there is: {', '.join(devices())})")
     try:
-        return json.loads((folder / "machine.json").read_text())
-    except (OSError, ValueError) as error:
-        raise AttnError(f"no data for device {folder.name!r} (there is: {', '.join(devices())})") from error
+        known = json.loads((folder / "machine.json").read_text())
+        if all(facts["machine"] == machine and facts["ceilings"] and facts["kind"] for machine, facts in known.items()):
+            return known
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        pass
+    raise AttnError(f"data/{folder.name}/machine.json is damaged: delete it and measure again")
 
 
 def machine_of(folder: str, prefix: str = "") -> dict:
@@ -74,32 +83,36 @@ def machine_of(folder: str, prefix: str = "") -> dict:
 def load(device: str, name: str) -> pd.DataFrame:
     """The rows of data/<device>/<name>.csv, with the description of their machine in `.attrs["machine"]`.
 
-    Raises AttnError if there is no such file, if columns are missing, if a row is damaged, or if it holds rows of more
-    than one machine.
+    Raises AttnError if there is no such file, if columns are missing, if a row is damaged or there twice, or if there
+    are rows of more than one machine or torch version.
     """
     path = ROOT / "data" / device / f"{name}.csv"
-    known = machines(path.parent)
+    known, where = machines(path.parent), path.relative_to(ROOT)
+    blanks = {column: [""] for column in COLUMNS if column not in ("phase", "reason")}
     try:
-        rows = pd.read_csv(
-            path, keep_default_na=False, na_values={c: [""] for c in COLUMNS if c not in ("phase", "reason")}
-        )
+        rows = pd.read_csv(path, keep_default_na=False, na_values=blanks)
     except (OSError, ValueError) as error:
-        raise AttnError(f"cannot read {path.relative_to(ROOT)}: {error}") from error
+        raise AttnError(f"cannot read {where}: {error}") from error
     if missing := [column for column in COLUMNS if column not in rows]:
-        raise AttnError(f"{path.relative_to(ROOT)} lacks the column(s) {', '.join(missing)}")
-    figures = rows.drop(columns=[*POINT, "status", "phase", "reason", "machine", "torch"])
-    if not all(pd.api.types.is_numeric_dtype(figures[column]) for column in figures):
-        raise AttnError(f"{path.relative_to(ROOT)} has text where a number belongs")
-    if rows.empty or not rows["status"].isin(STATUSES).all() or rows["machine"].nunique() != 1:
-        raise AttnError(f"{path.relative_to(ROOT)} is empty, damaged, or of more than one machine")
+        raise AttnError(f"{where} lacks the column(s) {', '.join(missing)}")
+    for number, row in enumerate(rows.astype(object).where(rows.notna(), "").to_dict("records"), 2):
+        try:
+            variant(row["variant"])
+            Shape(*(row[column] for column in POINT[1:]))
+            if not is_sound({column: str(cell) for column, cell in row.items()}):
+                raise AttnError("figures or status damaged")
+        except AttnError as error:
+            raise AttnError(f"{where}, line {number}: {error}") from error
+    if rows.empty or rows.duplicated(POINT).any() or len(rows.drop_duplicates(["machine", "torch"])) != 1:
+        raise AttnError(f"{where} is empty, names a point twice, or holds rows of more than one machine or torch")
     if (machine := rows["machine"].iloc[0]) not in known:
-        raise AttnError(f"{path.relative_to(ROOT)} was measured on {machine}, which machine.json does not describe")
+        raise AttnError(f"{where} was measured on {machine}, which machine.json does not describe")
     rows.attrs["machine"] = known[machine]
     return rows
 
 
 def published(name: str) -> pd.DataFrame:
-    """Another report's table, data/published/<name>.csv."""
+    """Another report's table, data/published/<name>.csv: times in ms, memory in MiB, or MB where the column says so."""
     return pd.read_csv(ROOT / "data" / "published" / f"{name}.csv")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import math
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from attnlib.core import AttnError, Shape, Variant
-from attnlib.measure import COLUMNS, PHASES, POINT, STATUSES, measure
+from attnlib.measure import COLUMNS, FIGURES, PHASES, POINT, STATUSES, measure
 
 
 class WorkerDied(Exception):
@@ -116,6 +117,17 @@ def key(row: dict) -> tuple:
     return tuple(str(row[column]) for column in POINT)
 
 
+def is_sound(row: dict[str, str]) -> bool:
+    """Whether a row read back can be one that was written: status known, figures numbers, none missing if ok."""
+    figures = [row[column] for column in FIGURES]
+    try:
+        numbers = [float(figure) for figure in figures if figure]
+    except ValueError:
+        return False
+    complete = row["status"] != "ok" or all(row[f"{phase}_ms"] and row["saved_bytes"] for phase in PHASES)
+    return row["status"] in STATUSES and complete and all(0 <= number < math.inf for number in numbers)
+
+
 def read_partial(path: Path, machine: dict, keys: set) -> dict[tuple, int]:
     """The points that an interrupted sweep left in `path`; what cannot be gone on with is cut off, with a warning.
 
@@ -130,7 +142,7 @@ def read_partial(path: Path, machine: dict, keys: set) -> dict[tuple, int]:
             kept += len(line)
             continue
         row = dict(zip(COLUMNS, fields, strict=False))
-        if number == 0 or len(fields) != len(COLUMNS) or not line.endswith(b"\n") or row["status"] not in STATUSES:
+        if number == 0 or len(fields) != len(COLUMNS) or not line.endswith(b"\n") or not is_sound(row):
             trouble = f"line {number + 1} is damaged: it and what follows is measured again"
             break
         if row["machine"] != machine["machine"] or key(row) not in keys or key(row) in done:

@@ -114,7 +114,10 @@ def frontier(rows: pd.DataFrame, memory_bytes: int):
         lost = fails.iloc[0] if len(fails) else None
         name = lambda row: NO_FIGURE if row is None else f"N {row['seq_len']}, d_model {row['head_dim']}"  # noqa: E731
         phase = NO_FIGURE if lost is None else lost["phase"]
-        need = NO_FIGURE if lost is None else f"{lost['needed_bytes'] / GIB:.1f} of {memory_bytes / GIB:.1f} GiB"
+        need = NO_FIGURE
+        if f"{phase}_peak_law_bytes" in rows:
+            total = lost["input_bytes"] + lost[f"{phase}_peak_law_bytes"]
+            need = f"{total / GIB:.1f} of {memory_bytes / GIB:.1f} GiB"
         found.append((variant, name(last), name(lost), phase, need))
     return table(pd.DataFrame(found, columns=["variant", "largest working", "smallest failing", "phase", "needs"]))
 

@@ -28,7 +28,7 @@ from traitlets.config import Config  # noqa: E402
 from attnlib import device as dev  # noqa: E402
 from attnlib import results  # noqa: E402
 from attnlib.core import AttnError  # noqa: E402
-from attnlib.sweep import Worker  # noqa: E402
+from attnlib.sweep import Worker, WorkerDied  # noqa: E402
 
 HERE = ROOT / "report"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -134,6 +134,7 @@ def export(out: Path, machine: dict):
     typst.compile(work / "report.typst", output=work / "report.pdf", ignore_system_fonts=True)
     for name in ("report.html", "report.pdf"):
         os.replace(work / name, out / name)
+    shutil.rmtree(work)
 
 
 def build(folder: str, machine: dict, parameters: dict):
@@ -187,18 +188,20 @@ def main() -> int:
     os.environ.setdefault("ATTNLIB_PROGRESS", "bar" if sys.stderr.isatty() else "lines")
     try:
         profile, given = results.profile(options.profile), dict(options.p)
+        if reserved := sorted({"device", "profile", "replay"} & set(given)):
+            raise AttnError(f"{', '.join(reserved)} cannot be set by -p: use --device, --profile or the command replay")
         if options.command == "replay":
-            folder = options.device
+            folder, machine = options.device, results.machine_of(options.device)
             measured = next(name for name, p in reversed(results.PROFILES.items()) if folder.endswith(p.suffix))
             parameters = {**given, "device": folder, "profile": measured, "replay": True}
-            build(folder, results.machine_of(folder), parameters)
+            build(folder, machine, parameters)
             return 0
         for device in each_gpu() if options.device == "all" else [dev.resolve(options.device)]:
             with Worker() as worker:
                 machine = worker.call(dev.describe, device)
             parameters = {**given, "device": device, "profile": options.profile}
             build(machine["slug"] + profile.suffix, machine, parameters)
-    except AttnError as error:
+    except (AttnError, WorkerDied, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -208,4 +211,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # after an interrupt, Jupyter's unfinished tasks would have their say at a normal exit
