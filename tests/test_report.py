@@ -138,7 +138,10 @@ def test_what_would_be_lost_stops_the_export(copy, build, text):
         ("measure", "--device", "cpu", "--profile", "slow"),
         ("measure", "--device", "cpu", "--profile", "quick", "-p", "speed", "11"),
         ("replay", "--device", "nowhere"),
-        ("replay", "--device", "../data"),
+        ("measure", "--device", ""),
+        ("measure", "--device", "cpu", "-p", "replay", "False"),
+        ("replay", "--device", "../data/nvidia-h200"),
+        ("replay", "--device", "nvidia-h200", "--profile", "slow"),
         ("replay", "--device", "published"),
     ],
     ids=" ".join,
@@ -149,18 +152,44 @@ def test_bad_input_gets_one_line_and_touches_nothing(copy, build, arguments):
     assert [path for path in sorted(copy.rglob("*")) if "__pycache__" not in path.parts] == before
 
 
-@pytest.mark.parametrize("damage", ["column", "status", "machine", "text", "empty"])
+DAMAGES = {
+    "a missing column": lambda rows: rows.drop(columns="saved_bytes"),
+    "no rows": lambda rows: rows.head(0),
+    "a row twice": lambda rows: pd.concat([rows, rows.head(1)]),
+    **{
+        f"{column} {text!r}": lambda rows, column=column, text=text: rows.assign(
+            **{column: [text if i == 3 else old for i, old in enumerate(rows[column])]}
+        )
+        for column, text in (
+            *(
+                ("status", "fast"),
+                ("machine", "another"),
+                ("torch", "2.11.0"),
+                ("forward_ms", "fast"),
+                ("forward_ms", ""),
+            ),
+            *(("forward_ms", "-3"), ("forward_ms", "inf"), ("seq_len", "-4"), ("seq_len", "long"), ("causal", "maybe")),
+            *(("dtype", "float8"), ("variant", "flash9"), ("machine", "")),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_csv_is_refused(monkeypatch, tmp_path, damage):
     shutil.copytree(ROOT / "data" / "nvidia-h200", tmp_path / "data" / "nvidia-h200")
     monkeypatch.setattr(results, "ROOT", tmp_path)
     path = tmp_path / "data" / "nvidia-h200" / "01_naive_sweep.csv"
-    rows = pd.read_csv(path, dtype=str)
-    if damage == "column":
-        rows = rows.drop(columns="saved_bytes")
-    elif damage == "empty":
-        rows = rows.head(0)
-    else:
-        rows.loc[3, {"status": "status", "machine": "machine", "text": "forward_ms"}[damage]] = "fast"
-    rows.to_csv(path, index=False)
-    with pytest.raises(AttnError):
+    DAMAGES[damage](pd.read_csv(path, dtype=str)).to_csv(path, index=False)
+    with pytest.raises(AttnError) as error:
         results.load("nvidia-h200", "01_naive_sweep")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": {}}', '{"a": 1}', ""])
+def test_a_damaged_machine_json_is_refused(monkeypatch, tmp_path, text):
+    (tmp_path / "data" / "x").mkdir(parents=True)
+    (tmp_path / "data" / "x" / "machine.json").write_text(text)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    with pytest.raises(AttnError, match="damaged"):
+        results.machines(tmp_path / "data" / "x")

@@ -111,11 +111,14 @@ def test_a_point_beyond_memory_is_predicted_on_the_cpu(tmp_path, machine, worker
     assert (row["status"], row["phase"]) == ("oom", "forward") and row["reason"].startswith("predicted: ")
 
 
-@pytest.mark.parametrize("damage", [b"quick,1,1,", b"quick,1,1,10,4,float32,False,0.1\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize("damage", [b"quick,1,1,", b"quick,1,1,10,4,float32,False,0.1\n", b"\xff\xfe\n", "text"])
 def test_a_damaged_last_line_is_measured_again(tmp_path, machine, worker, capsys, damage):
     path, partial = tmp_path / "x.csv", tmp_path / "x.csv.partial"
     sweep(points(2), path, machine, worker=worker, **QUICK)
     kept = path.read_bytes()
+    if damage == "text":  # a row that is whole, but for a figure that is none
+        cells = kept.splitlines()[-1].replace(b"quick,1,1,9,", b"quick,1,1,10,").split(b",")
+        damage = b",".join([*cells[:7], b"fast", *cells[8:]]) + b"\n"
     partial.write_bytes(kept + damage)
     sweep(points(4), path, machine, worker=worker, **QUICK)
     assert "warning" in capsys.readouterr().err
