@@ -28,10 +28,10 @@ def short(n) -> str:
     return f"{n / 1024:g}K" if n >= 1024 else f"{n:g}"
 
 
-def panels(titles, *, xs, device, ylabel, sharey=True):
+def panels(titles, *, xs, device, ylabel):
     """A row of log-log axes over sequence length, one per title."""
     figure, axes = plt.subplots(
-        1, len(titles), figsize=(WIDTH, HEIGHT), sharey=sharey, squeeze=False, layout="constrained"
+        1, len(titles), figsize=(WIDTH, HEIGHT), sharey=True, squeeze=False, layout="constrained"
     )
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set(xscale="log", yscale="log", title=f"{title} · {device}", xlabel="sequence length N")

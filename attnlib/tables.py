@@ -13,10 +13,9 @@ MIB, GIB = 2**20, 2**30
 NO_FIGURE = "–"
 
 
-def table(frame: pd.DataFrame, formats: dict | str | None = None, index: bool = False):
+def table(frame: pd.DataFrame, formats: dict | None = None):
     """A DataFrame as a table of the report: its columns formatted, a dash where there is no figure."""
-    styler = frame.style.format(formats, na_rep=NO_FIGURE)
-    return styler if index else styler.hide(axis="index")
+    return frame.style.format(formats, na_rep=NO_FIGURE).hide(axis="index")
 
 
 def size(nbytes: float) -> str:
