@@ -4,6 +4,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import sympy
 import torch
@@ -17,6 +18,14 @@ c, g, h = sympy.symbols("c g h", nonnegative=True, integer=True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ACCOUNTS = ("saved", "forward_peak", "backward_peak")
+
+Terms = dict[str, sympy.Expr]  # {name: formula in bytes}
+
+
+@cache
+def compiled(expression: sympy.Expr) -> Callable[..., int]:
+    """A formula in the symbols above as a function of their values, in the order B, H, N, D, e, c, g, h."""
+    return sympy.lambdify((*SYMBOLS, c, g, h), expression, "math")
 
 
 class AttnError(Exception):
@@ -68,9 +77,8 @@ class Shape:
     def evaluate(self, expression, device: str = "cpu") -> int:
         """The value of a formula in the symbols above at this shape on this device, an exact integer."""
         sizes = (self.batch, self.heads, self.seq_len, self.head_dim, self.element_size)
-        values = dict(zip(SYMBOLS, sizes, strict=True)) | {c: int(self.causal), g: int(device != "cpu")}
-        values[h] = int(self.dtype != "float32")
-        return int(sympy.sympify(expression).subs(values))
+        switches = (int(self.causal), int(device != "cpu"), int(self.dtype != "float32"))
+        return int(compiled(sympy.sympify(expression))(*sizes, *switches))
 
     def columns(self) -> dict:
         """The columns that name this shape in every table."""
@@ -87,20 +95,35 @@ class Phases:
 
 @dataclass(frozen=True)
 class Law:
-    """Bytes above the inputs, as named terms `{name: formula}`.
+    """Bytes above the inputs, as named terms `{name: formula}`, at every shape.
 
-    saved: alive between forward and backward, the output included; forward_peak and backward_peak: the most alive at
-    once in that phase, the latter with the upstream gradient. Each holds where N exceeds D a few times over, so that
-    the score matrices decide where the peak is.
+    saved: alive between forward and backward, the output included. forward_peak and backward_peak: `{operation:
+    terms}`, the moments at which that phase can hold the most, the backward one with the upstream gradient. Which of
+    them does depends on the sizes (the score matrices decide where N exceeds D, the linear tensors where it does not),
+    so that the peak is the largest of these sums.
     """
 
-    saved: dict[str, sympy.Expr]
-    forward_peak: dict[str, sympy.Expr]
-    backward_peak: dict[str, sympy.Expr]
+    saved: Terms
+    forward_peak: dict[str, Terms]
+    backward_peak: dict[str, Terms]
+
+    def moments(self, account: str) -> dict[str, Terms]:
+        """The candidates for `account`, one of ACCOUNTS: `{operation: terms}`."""
+        return {"between the phases": self.saved} if account == "saved" else getattr(self, account)
+
+    def at(self, account: str, shape: Shape, device: str = "cpu") -> tuple[str, dict[str, int]]:
+        """The operation at which `account` is reached, and what is alive then, `{term: bytes}`, without empty terms."""
+
+        def total(moment):
+            return shape.evaluate(sum(moment[1].values()), device)
+
+        operation, terms = max(self.moments(account).items(), key=total)
+        sizes = {name: shape.evaluate(formula, device) for name, formula in terms.items()}
+        return operation, {name: nbytes for name, nbytes in sizes.items() if nbytes}
 
     def bytes(self, account: str, shape: Shape, device: str = "cpu") -> int:
-        """The sum of the terms of `account`, one of ACCOUNTS, at `shape`, in bytes."""
-        return shape.evaluate(sum(getattr(self, account).values()), device)
+        """The bytes of `account`, one of ACCOUNTS, at `shape`."""
+        return max(shape.evaluate(sum(terms.values()), device) for terms in self.moments(account).values())
 
 
 def dense_reach(seq_len: int, causal: bool) -> torch.Tensor:

@@ -1,7 +1,10 @@
 """Two accounts of what a variant does: the ledger, written without running it, and the allocator's, taken as it ran."""
 
+import argparse
 import os
+import sys
 import weakref
+from collections import Counter
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -10,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from attnlib.core import Shape, Variant
+from attnlib import VARIANTS, variant
+from attnlib.core import DTYPES, AttnError, Shape, Variant
+from attnlib.device import resolve
 
 
 def tensors_in(tree) -> list[torch.Tensor]:
@@ -24,28 +29,28 @@ WRITE_ONLY = {aten.new_zeros, aten.zeros_like, aten.ones_like, aten.randn_like} 
 
 
 class Ledger(TorchDispatchMode):
-    """Writes a row for each operation: `phase, op, flops, traffic_bytes, largest_bytes, alive_bytes`.
+    """Writes a row for each operation: `phase, op, flops, traffic_bytes, largest_bytes, alive, alive_bytes`.
 
-    traffic_bytes: what the operation reads and writes, each operand once. largest_bytes: its largest operand.
-    alive_bytes: the storages alive at its end that were not there when the ledger was opened. On a CUDA `device` what
-    is known to happen inside a kernel is written down as well.
+    traffic_bytes: what the operation reads and writes, each operand once. largest_bytes: its largest operand. alive:
+    `{name: bytes}` of the storages alive at its end that were not there when the ledger was opened, each named after
+    the operation that made it; alive_bytes: their sum. On a CUDA `device` what is known to happen inside a kernel is
+    written down as well.
     """
 
     def __init__(self, device: str = "cpu"):
         super().__init__()
-        self.device, self.phase, self.rows, self.alive, self.known = device, "", [], 0, weakref.WeakSet()
+        self.device, self.phase, self.rows, self.known = device, "", [], weakref.WeakSet()
+        self.alive, self.made = {}, Counter()
 
     def know(self, *tensors):
         """Leave out tensors that were there before."""
         self.known.update(tensor.untyped_storage() for tensor in tensors)
 
-    def _forget(self, nbytes):
-        self.alive -= nbytes
-
     def write(self, op, flops=0, sizes=(0,), workspace=0):
         """Append a row: what moves `sizes` bytes, with what is alive now and a kernel's own `workspace`."""
+        alive = self.alive | ({"workspace": workspace} if workspace else {})
         row = {"phase": self.phase, "op": op, "flops": flops, "traffic_bytes": sum(sizes), "largest_bytes": max(sizes)}
-        self.rows.append({**row, "alive_bytes": self.alive + workspace})
+        self.rows.append({**row, "alive": alive, "alive_bytes": sum(alive.values())})
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -54,8 +59,10 @@ class Ledger(TorchDispatchMode):
         for storage in (result.untyped_storage() for result in results):
             if storage not in self.known:
                 self.known.add(storage)
-                self.alive += storage.nbytes()
-                weakref.finalize(storage, self._forget, storage.nbytes())
+                self.made[op] += 1
+                name = f"{op.__name__} {self.made[op]}"
+                self.alive[name] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, name)
         if results and not func.is_view and op not in NO_KERNEL:
             operands = results if op in WRITE_ONLY else tensors_in((args, kwargs)) + results
             sizes = [min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in operands]
@@ -89,31 +96,44 @@ def ledger(variant: Variant, shape: Shape, device: str = "cpu") -> list[dict]:
     return book.rows
 
 
+def reached(rows: list[dict]) -> dict[str, dict]:
+    """The row of a ledger at which each of ACCOUNTS is reached; its `alive_bytes` are what the law predicts."""
+    phases = {phase: [row for row in rows if row["phase"] == phase] for phase in ("forward", "backward")}
+    peaks = {f"{phase}_peak": max(found, key=lambda row: row["alive_bytes"]) for phase, found in phases.items()}
+    return {"saved": phases["forward"][-1], **peaks}
+
+
 class CudaAllocator:
     """The CUDA caching allocator's own counters, from one mark to the next, in bytes.
 
-    `current` and `peak` are requested bytes above what was there at the start; `total` is everything allocated on the
-    device, in the allocator's rounding; `reserved` is the most it held from the driver.
+    `current` and `peak` are requested bytes above what was there at the start, `current_blocks` and `peak_blocks` the
+    same in the blocks it gave out for them; `total` is everything allocated on the device, in blocks; `reserved` is the
+    most it held from the driver.
     """
 
     def __init__(self, device):
         self.device = device
-        self.current, self.peak, self.total, self.reserved = {}, {}, {}, {}
+        self.current, self.peak, self.current_blocks, self.peak_blocks = {}, {}, {}, {}
+        self.total, self.reserved = {}, {}
 
-    def _requested(self, which):
-        return torch.cuda.memory_stats(self.device)[f"requested_bytes.all.{which}"]
+    def _stats(self):
+        stats = torch.cuda.memory_stats(self.device)
+        kinds = (("current", "requested"), ("peak", "requested"), ("current", "allocated"), ("peak", "allocated"))
+        return [stats[f"{what}_bytes.all.{when}"] for when, what in kinds]
 
     def __enter__(self):
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.base = self._requested("current")
+        requested, _, allocated, _ = self._stats()
+        self.base = (requested, requested, allocated, allocated)
         return self
 
     def mark(self, phase):
         """Close `phase`: note what is alive and what was the most alive since the mark before."""
         torch.cuda.synchronize(self.device)
-        self.current[phase] = self._requested("current") - self.base
-        self.peak[phase] = self._requested("peak") - self.base
+        accounts = (self.current, self.peak, self.current_blocks, self.peak_blocks)
+        for account, nbytes, base in zip(accounts, self._stats(), self.base, strict=True):
+            account[phase] = nbytes - base
         self.total[phase] = torch.cuda.memory_allocated(self.device)
         self.reserved[phase] = torch.cuda.max_memory_reserved(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -156,23 +176,33 @@ class CpuAllocator:
                 highest = alive
 
 
-def account(variant: Variant, q, k, v, *, causal: bool, backward: bool) -> dict[str, int]:
-    """What the allocator of q's device saw in one forward pass, and in one backward pass if asked for, in bytes.
+def observe(variant: Variant, q, k, v, *, causal: bool, backward: bool) -> CudaAllocator | CpuAllocator:
+    """One forward pass, and one backward pass if asked for, under the eyes of the allocator of q's device.
 
-    `saved_bytes`, `forward_peak_bytes`, `backward_peak_bytes` are above the inputs, as requested;
-    `memory_before_backward_bytes` is all that is allocated then, inputs and library workspaces included, as published
-    reports print it; `reserved_peak_bytes` is the most the allocator took from the driver (CUDA only). Run something
-    small first, so that the libraries' workspaces exist. Raises torch.OutOfMemoryError where it does not fit.
+    Its marks are "forward" and "backward". Run something small first, so that the libraries' workspaces exist. Raises
+    torch.OutOfMemoryError where it does not fit.
     """
-    inputs = sum(x.nbytes for x in (q, k, v))
     with (CudaAllocator if q.is_cuda else CpuAllocator)(q.device) as seen:
         o = variant.fn(q, k, v, causal=causal)
         seen.mark("forward")
         if backward:
             torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
             seen.mark("backward")
+    return seen
+
+
+def account(variant: Variant, q, k, v, *, causal: bool, backward: bool) -> dict[str, int]:
+    """What the allocator of q's device saw in one forward pass, and in one backward pass if asked for, in bytes.
+
+    `saved_bytes`, `forward_peak_bytes`, `backward_peak_bytes` are above the inputs, as requested;
+    `memory_before_backward_bytes` is all that is allocated then, inputs and library workspaces included, as published
+    reports print it; `reserved_peak_bytes` is the most the allocator took from the driver (CUDA only). Raises as
+    `observe` does.
+    """
+    seen = observe(variant, q, k, v, causal=causal, backward=backward)
+    inputs = 0 if q.is_cuda else sum(x.nbytes for x in (q, k, v))
     figures = {
-        "memory_before_backward_bytes": seen.total["forward"] + (0 if q.is_cuda else inputs),
+        "memory_before_backward_bytes": seen.total["forward"] + inputs,
         "saved_bytes": seen.current["forward"],
         "forward_peak_bytes": seen.peak["forward"],
     }
@@ -181,3 +211,46 @@ def account(variant: Variant, q, k, v, *, causal: bool, backward: bool) -> dict[
     if seen.reserved:
         figures["reserved_peak_bytes"] = max(seen.reserved.values())
     return figures
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for bad input, as everywhere else, instead of the usage and a line."""
+
+    def error(self, message):
+        raise AttnError(message)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command `python -m attnlib.memory`; 0 if all is well, 1 for a mismatch or bad input."""
+    from attnlib import check, fit  # they build on this module
+
+    parser = _Parser(prog="python -m attnlib.memory", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    checks = commands.add_parser("check", help="hold law against ledger (on CUDA also against the allocator)")
+    checks.add_argument("--seed", type=int, required=True, help="of the random shapes")
+    checks.add_argument("--count", type=int, default=60, help="of the random shapes, each in all dtypes, causal or not")
+    checks.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    fits = commands.add_parser("fit", help="the largest N that fits a memory, and what fills it")
+    fits.add_argument("--memory", required=True, help="for tensors, with its unit: 24GiB, 80GB")
+    fits.add_argument("--variant", required=True, help=", ".join(VARIANTS))
+    for name, default in (("batch", None), ("heads", 1), ("head-dim", None)):
+        fits.add_argument(f"--{name}", type=int, default=default, required=default is None)
+    fits.add_argument("--dtype", default="float32", help=", ".join(DTYPES))
+    fits.add_argument("--causal", action="store_true")
+    fits.add_argument("--inference", action="store_true", help="forward pass alone")
+    fits.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="whose kernels; it need not be there")
+    try:
+        options = parser.parse_args(arguments)
+        if options.command == "check":
+            return check.report(options.seed, options.count, resolve(options.device))
+        shape = Shape(options.batch, options.heads, 1, options.head_dim, options.dtype, options.causal)
+        phase = "forward" if options.inference else "backward"
+        print(fit.describe(variant(options.variant), shape, fit.nbytes(options.memory), phase, options.device))
+    except AttnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

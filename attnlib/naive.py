@@ -74,6 +74,8 @@ def naive_recompute(q, k, v, *, causal=False):
 
 
 _ROW_TERMS = {"row sums": ROWS, "index of the row maximum": INDICES, "mask": MASK}
+_GRADIENTS = {"output": LINEAR, "upstream gradient": LINEAR, "dv": LINEAR}
+_LAST_PRODUCT = {"gradient of the scores": SCORES, **_GRADIENTS, "dq": LINEAR, "dk": LINEAR}
 
 CUSTOM = Variant(
     name="naive_custom",
@@ -81,22 +83,25 @@ CUSTOM = Variant(
     law=Law(
         saved={"exp": SCORES32, "weights": SCORES, "output": LINEAR, **_ROW_TERMS},
         forward_peak={
-            "scores": SCORES32,
-            "exp": SCORES32,
-            "weights": SCORES,
-            "weights in float32": h * SCORES32,
-            "output": (1 - h) * LINEAR,
-            **_ROW_TERMS,
+            "weights @ v": {"scores": SCORES32, "exp": SCORES32, "weights": SCORES, "output": LINEAR, **_ROW_TERMS},
+            "weights.to(v.dtype)": {
+                "scores": SCORES32,
+                "exp": SCORES32,
+                "weights in float32": h * SCORES32,
+                "weights": SCORES,
+                **_ROW_TERMS,
+            },
         },
         backward_peak={
-            "exp": SCORES32,
-            "gradient of the weights": SCORES32,
-            "gradient of exp": SCORES32,
-            "three steps of the gradient of the row sums": 3 * SCORES32,
-            "output": LINEAR,
-            "upstream gradient": LINEAR,
-            "dv": LINEAR,
-            **_ROW_TERMS,
+            "gradient of the division": {
+                "exp": SCORES32,
+                "gradient of the weights": SCORES32,
+                "gradient of exp": SCORES32,
+                "three steps of the gradient of the row sums": 3 * SCORES32,
+                **_GRADIENTS,
+                **_ROW_TERMS,
+            },
+            "gradient of q @ kᵀ": _LAST_PRODUCT,
         },
     ),
     flops=Phases(2 * MATMUL, 4 * MATMUL),
@@ -106,19 +111,20 @@ CUSTOM = Variant(
     ),
 )
 
-_SOFTMAX_PEAK = {"scores": SCORES, "scaled scores": SCORES, "mask": MASK}
 _FORWARD_TRAFFIC = 6 * SCORES + 4 * LINEAR + c * 2 * SCORES + 4 * MASK
+_STEP = {"scores": SCORES, "the same, one step on": SCORES, "mask": MASK}
 # On CUDA the kernel behind torch.softmax's backward first writes dP ∘ P into a matrix of its own
 # (softmax_backward_cuda_out in aten/src/ATen/native/cuda/SoftMax.cu); the CPU's kernel does not.
-_SOFTMAX_WORKSPACE = {"workspace of the softmax's backward kernel": g * SCORES}
-_LINEAR_GRADIENTS = {"output": LINEAR, "upstream gradient": LINEAR, "dv": LINEAR}
 _SOFTMAX_BACKWARD = {
-    "weights": SCORES,
-    "gradient of the weights": SCORES,
-    "gradient of the scores": SCORES,
-    **_SOFTMAX_WORKSPACE,
-    **_LINEAR_GRADIENTS,
-    "mask": MASK,
+    "softmax's backward": {
+        "weights": SCORES,
+        "gradient of the weights": SCORES,
+        "gradient of the scores": SCORES,
+        "workspace of the softmax's backward kernel": g * SCORES,
+        **_GRADIENTS,
+        "mask": MASK,
+    },
+    "gradient of q @ kᵀ": _LAST_PRODUCT,
 }
 
 NAIVE = Variant(
@@ -126,25 +132,36 @@ NAIVE = Variant(
     fn=naive,
     law=Law(
         saved={"weights": SCORES, "output": LINEAR, "mask": MASK},
-        forward_peak=_SOFTMAX_PEAK,
+        forward_peak={
+            "scaling, masking, softmax": _STEP,
+            "weights @ v": {"weights": SCORES, "output": LINEAR, "mask": MASK},
+        },
         backward_peak=_SOFTMAX_BACKWARD,
     ),
     flops=Phases(2 * MATMUL, 4 * MATMUL),
     traffic=Phases(_FORWARD_TRAFFIC, 9 * SCORES + 8 * LINEAR + g * 3 * SCORES + c * 2 * SCORES + MASK),
 )
 
+_UNSAVED_MASK = {  # no graph keeps the mask, so it dies with the scores it was filled into
+    "scaling, masking, softmax": _STEP,
+    "weights @ v": {"weights": SCORES, "output": LINEAR},
+}
+
 WEIGHTS_ONLY = Variant(
     name="naive_weights_only",
     fn=naive_weights_only,
     law=Law(
         saved={"weights": SCORES, "output": LINEAR},
-        forward_peak=_SOFTMAX_PEAK,
+        forward_peak=_UNSAVED_MASK,
         backward_peak={
-            "weights": SCORES,
-            "gradient of the weights": SCORES32,
-            "its product with the weights": SCORES32,
-            "row sums of the product": ROWS,
-            **_LINEAR_GRADIENTS,
+            "rowsum(dP ∘ P)": {
+                "weights": SCORES,
+                "gradient of the weights": SCORES32,
+                "its product with the weights": SCORES32,
+                "row sums of the product": ROWS,
+                **_GRADIENTS,
+            },
+            "gradient of q @ kᵀ": {"weights": SCORES, **_LAST_PRODUCT},
         },
     ),
     flops=Phases(2 * MATMUL, 4 * MATMUL),
@@ -154,11 +171,7 @@ WEIGHTS_ONLY = Variant(
 RECOMPUTE = Variant(
     name="naive_recompute",
     fn=naive_recompute,
-    law=Law(
-        saved={"output": LINEAR},
-        forward_peak=_SOFTMAX_PEAK,
-        backward_peak=_SOFTMAX_BACKWARD,
-    ),
+    law=Law(saved={"output": LINEAR}, forward_peak=_UNSAVED_MASK, backward_peak=_SOFTMAX_BACKWARD),
     flops=Phases(2 * MATMUL, 5 * MATMUL),  # QKᵀ once more; checkpoint stops before it would repeat PV
     traffic=Phases(_FORWARD_TRAFFIC, 14 * SCORES + 10 * LINEAR + g * 3 * SCORES + c * 4 * SCORES + 5 * MASK),
 )
