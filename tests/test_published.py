@@ -1,0 +1,153 @@
+"""Published tables give their closed forms, to the printed digit; damaged ones give one line."""
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+
+from attnlib.core import AttnError, Shape
+from attnlib.published import MEANING, SHAPE, TERMS, closed_forms, dependencies, read, reproduce
+
+PUBLISHED = Path(__file__).parent.parent / "data" / "published"
+GTX, CPU, A800 = (PUBLISHED / f"{name}_naive_sweep.csv" for name in ("000_gtx1080", "001_cpu", "002_a800"))
+MIB = "memory_before_backward_mib"
+# file, column, figures, terms, how many closed forms there are up to 16 and up to 32 of each term
+FITS = [
+    (GTX, MIB, 12, {"L": 14, "S": 2, "M": 5, "R": 3, "W": 2}, (1, 1)),
+    (A800, MIB, 20, {"L": 6, "S": 3, "M": 1, "R": 2, "P": 4, "W": 2}, (1, 1)),
+    (CPU, "forward_memory_mb", 9, {"L": 4, "S": 1}, (6, 6)),
+    (CPU, "backward_memory_mb", 9, {"L": 4, "S": 2}, (2, 3)),
+]
+HEADER = "batch,heads,seq_len,head_dim,dtype,memory_mib,status"
+
+
+@pytest.mark.parametrize("path, column, figures, form, number", FITS, ids=["000", "002", "001fwd", "001bwd"])
+def test_every_published_figure_is_reproduced(path, column, figures, form, number):
+    """All 12, 20 and 2 × 9 figures by the closed form of fewest tensors; no other has as few."""
+    rows = read(path, column)
+    found = closed_forms(rows, column)
+    assert found[0] == dict.fromkeys(TERMS, 0) | form
+    assert (len(found), len(closed_forms(rows, column, 32))) == number
+    assert all(sum(other.values()) > sum(form.values()) for other in found[1:])
+    for other in found:
+        table = reproduce(rows, column, other)
+        assert len(table) == figures and list(table["published"]) == list(table["derived"]) and table["equal"].all()
+
+
+@pytest.mark.parametrize("path, column, figures, form, number", FITS, ids=["000", "002", "001fwd", "001bwd"])
+def test_one_more_or_less_of_a_term_fails(path, column, figures, form, number):
+    """But for one or two D×D matrices in 001's forward pass, which its 0.1 MB cannot see."""
+    rows = read(path, column)
+    form = dict.fromkeys(TERMS, 0) | form
+    nearby = [form | {name: count} for name in TERMS for count in (form[name] - 1, form[name] + 1) if count >= 0]
+    unseen = [other for other in nearby if reproduce(rows, column, other)["equal"].all()]
+    assert unseen == ([form | {"P": 1}] if column == "forward_memory_mb" else [])
+
+
+def test_one_batch_size_cannot_tell_scores_from_masks():
+    """S = B·N²·4 is 32 masks N² at batch 8 and 16 at batch 4: one solution at any limit but for that exchange."""
+    assert dependencies(read(GTX), MIB) == dependencies(read(A800), MIB) == [{"S": 1, "M": -32}]
+    assert dependencies(read(CPU), "forward_memory_mb") == [{"S": 1, "M": -16}]
+    exchanged = [(form["S"], form["M"]) for form in closed_forms(read(A800), MIB, 1000)]
+    assert exchanged == [(3, 1), (2, 33), (1, 65), (0, 97)]
+
+
+def planted(path: Path, form: dict, draw: random.Random, decimals: int):
+    """Write a table of random shapes whose memory, in MiB, is `form`."""
+    lines = []
+    for _ in range(15):
+        sizes = (draw.randint(1, 8), draw.randint(1, 4), draw.randint(50, 9000), draw.randint(1, 128))
+        dtype = draw.choice(["float32", "bfloat16"])
+        nbytes = sum(count * Shape(*sizes, dtype).evaluate(TERMS[name]) for name, count in form.items())
+        lines.append(f"{','.join(map(str, sizes))},{dtype},{nbytes / 2**20:.{decimals}f},ok")
+    path.write_text("\n".join([HEADER, *lines, "8,1,99999,64,float32,,oom"]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("decimals", [1, 3, 6])
+def test_planted_coefficients_are_found(tmp_path, seed, decimals):
+    draw = random.Random(seed)
+    form = {name: draw.randint(0, 16) for name in TERMS}
+    planted(tmp_path / "random.csv", form, draw, decimals)
+    rows = read(tmp_path / "random.csv")
+    found = closed_forms(rows, "memory_mib")
+    assert form in found and reproduce(rows, "memory_mib", form)["equal"].sum() == 15
+    assert dependencies(rows, "memory_mib") == []
+    if decimals == 6:  # a byte
+        assert found == [form]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_closed_form_is_missed(tmp_path, seed):
+    """The search finds what trying every combination finds, on a table of few digits that many of them print."""
+    draw, terms = random.Random(seed), {name: TERMS[name] for name in "LMRP"}
+    planted(tmp_path / "coarse.csv", {name: draw.randint(0, 3) for name in terms}, draw, 0)
+    rows = read(tmp_path / "coarse.csv").head(3)
+    combinations = (dict(zip(terms, counts, strict=True)) for counts in itertools.product(range(4), repeat=4))
+    tried = [form for form in combinations if reproduce(rows, "memory_mib", form, terms)["equal"].all()]
+    found = closed_forms(rows, "memory_mib", 3, terms)
+    assert len(found) > 1 and sorted(map(str, found)) == sorted(map(str, tried))
+
+
+def test_a_wrong_figure_has_no_closed_form(tmp_path):
+    path = tmp_path / "wrong.csv"
+    path.write_text(GTX.read_text().replace("1148.6", "1148.9"))
+    assert closed_forms(read(path), MIB) == []
+
+
+def test_a_tie_may_be_printed_either_way(tmp_path):
+    """2.25 MiB = 9 · 4·B·N·D at B = 2, N = 256, D = 128: printed 2.2 by Python and 2.3 by others."""
+    (tmp_path / "tie.csv").write_text(f"{HEADER}\n2,1,256,128,float32,2.2,ok\n")
+    low = closed_forms(read(tmp_path / "tie.csv"), "memory_mib", 9, {"L": TERMS["L"]})
+    (tmp_path / "tie.csv").write_text(f"{HEADER}\n2,1,256,128,float32,2.3,ok\n")
+    high = closed_forms(read(tmp_path / "tie.csv"), "memory_mib", 9, {"L": TERMS["L"]})
+    assert low == high == [{"L": 9}]
+
+
+GOOD = f"{HEADER}\n8,1,256,16,float32,22.3,ok\n"
+
+
+@pytest.mark.parametrize(
+    "damaged, message",
+    [
+        (GOOD.replace("seq_len,", ""), "lacks the column(s) seq_len"),
+        (GOOD.replace("memory_mib", "memory"), "lacks the column(s) memory_mib"),
+        (GOOD.replace("22.3", "26. 4"), "line 2, column memory_mib: '26. 4' is not a number"),
+        (GOOD.replace("22.3", "nan"), "line 2, column memory_mib: 'nan' is not a number"),
+        (GOOD.replace("22.3", "-22.3"), "line 2, column memory_mib: '-22.3' is not a number"),
+        (GOOD.replace("22.3", ""), "line 2, column memory_mib: '' is not a number"),
+        (GOOD.replace("22.3", "22,3"), "line 2: more cells than columns"),
+        (GOOD.replace("256", "abc"), "line 2: seq_len must be a positive integer, not 'abc'"),
+        (GOOD.replace("8,1", "8.5,1"), "line 2: batch must be a positive integer, not '8.5'"),
+        (GOOD.replace("8,1", "8,0"), "line 2: heads must be a positive integer, not 0"),
+        (GOOD.replace("8,1", "-8,1"), "line 2: batch must be a positive integer, not '-8'"),
+        (GOOD.replace("float32", "float31"), "line 2: dtype must be one of"),
+        ("", "lacks the column(s) batch, heads, seq_len, head_dim, dtype, status, memory_mib"),
+        (GOOD.replace("float32", "\xff").encode("latin-1"), "cannot read"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_damaged_table_is_refused_with_one_line(tmp_path, damaged, message):
+    path = tmp_path / "damaged.csv"
+    if damaged is not None:
+        path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    with pytest.raises(AttnError) as error:
+        read(path, "memory_mib")
+    text = str(error.value)
+    assert str(path) in text and message in text and "\n" not in text
+
+
+@pytest.mark.parametrize("column", ["memory_mib", "forward_ms", "no_such_mib"])
+@pytest.mark.parametrize("call", [closed_forms, dependencies, lambda *table: reproduce(*table, {"L": 1})])
+@pytest.mark.parametrize("table", [HEADER, f"{HEADER}\n8,1,8192,16,float32,,oom\n"], ids=["empty", "all oom"])
+def test_without_figures_there_is_nothing_to_fit(tmp_path, column, call, table):
+    (tmp_path / "empty.csv").write_text(table)
+    with pytest.raises(AttnError, match=f"nothing to fit: no figures in a memory column '{column}'"):
+        call(read(tmp_path / "empty.csv"), column)
+
+
+def test_every_term_has_a_meaning_and_every_file_is_sound():
+    assert TERMS.keys() == MEANING.keys()
+    for path in PUBLISHED.glob("*.csv"):
+        assert set(SHAPE) < set(read(path, "forward_ms", "backward_ms"))
