@@ -29,8 +29,8 @@ def statistics(phase: str, times_ms: list[float]) -> dict:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory ran out: PyTorch's own on CUDA, else the CPU's or a library's allocation."""
-    return isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error).lower()
+    """Whether an error says that memory ran out: PyTorch's own on CUDA, the driver's, or the CPU's allocation."""
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error).lower() for w in ("alloc", "out of memory"))
 
 
 def predicted_shortage(variant: Variant, shape: Shape) -> dict | None:

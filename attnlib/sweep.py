@@ -43,10 +43,15 @@ def _serve(pipe):
 
 
 class Worker:
-    """A process of its own to touch the device: started when first called, replaced after it has died."""
+    """A process of its own to touch the device: started when first called, replaced after it has died.
 
-    def __init__(self):
-        self.process = None
+    method: how processes are started; "forkserver" is for many short-lived ones, since it imports torch only once.
+    """
+
+    def __init__(self, method: str = "spawn"):
+        self.context, self.process = multiprocessing.get_context(method), None
+        if method == "forkserver":
+            self.context.set_forkserver_preload(["torch", "sympy", "pandas"])  # none of them touches the GPU
 
     def __enter__(self):
         return self
@@ -69,9 +74,8 @@ class Worker:
         TimeoutError after `timeout_s` seconds; after the last two the process is killed.
         """
         if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self.pipe, theirs = self.context.Pipe()
+            self.process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
             self.process.start()
             theirs.close()
         try:

@@ -1,0 +1,151 @@
+"""What is built on the laws: the seedable check, what fits, the frontier, and the commands."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from attnlib import VARIANTS, check, fit, frontier
+from attnlib.core import AttnError, Shape
+from attnlib.memory import ledger, main, reached
+
+GIB = 2**30
+
+
+def test_the_ledger_accounts_ten_terabytes_in_two_seconds():
+    begun = time.perf_counter()
+    rows = ledger(VARIANTS["naive"], Shape(8, 1, 400_000, 64), "cuda")
+    assert time.perf_counter() - begun < 2
+    assert reached(rows)["backward_peak"]["alive_bytes"] > 10 * 10**12
+
+
+@pytest.mark.parametrize("seed", [7, 20261121])
+def test_random_shapes_have_no_mismatch(seed, device):
+    rows = list(check.check(check.draw(seed, 3), device))
+    assert len(rows) == 3 * 6 * len(VARIANTS) and not any(check.mismatches(row) for row in rows)
+    assert device == "cpu" or all("backward_peak_requested_bytes" in row for row in rows)
+
+
+def test_draws_repeat_and_differ_by_seed():
+    assert check.draw(7, 2) == check.draw(7, 2) != check.draw(8, 2)
+
+
+def test_a_wrong_law_is_reported_with_its_terms(monkeypatch):
+    law = replace(VARIANTS["naive"].law, saved={"weights": VARIANTS["naive"].law.saved["weights"]})
+    monkeypatch.setitem(VARIANTS, "naive", replace(VARIANTS["naive"], law=law))
+    (text,) = check.mismatches(check.compare("naive", Shape(1, 1, 10, 4), "cpu"))
+    assert "saved: law 400, ledger 560" in text and "{'weights': 400}" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * GIB), ("80GB", 80 * 10**9), (" 7.9 GiB ", 8482560409), ("1PiB", 2**50)]
+)
+def test_memory_sizes(text, size):
+    assert fit.nbytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["24", "GiB", "-3GiB", "0GiB", "nanGiB", "1e3GiB", "24gib", "2PiB", "24 GiB or so", ""]
+)
+def test_memory_sizes_without_sense(text):
+    with pytest.raises(AttnError, match="number with a unit"):
+        fit.nbytes(text)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("phase", fit.PHASES)
+@pytest.mark.parametrize(
+    "shape", [Shape(8, 1, 1, 64), Shape(3, 5, 1, 256, "bfloat16", True), Shape(1, 1, 1, 1)], ids=str
+)
+def test_the_largest_length_fits_and_the_next_does_not(name, phase, shape):
+    for memory in (10**5, GIB, 80 * 10**9):
+        longest = fit.largest_seq_len(VARIANTS[name], shape, memory, phase)
+        need = [
+            fit.need(VARIANTS[name], fit.at_length(shape, n), phase, "cuda") for n in (max(longest, 1), longest + 1)
+        ]
+        assert need[0] <= memory < need[1] or (longest == 0 and need[1] > memory)
+        solved = [int(root.subs(fit.M, memory)) for root in fit.solutions(VARIANTS[name], shape, phase).values()]
+        assert min(solved) == longest
+
+
+@pytest.mark.parametrize(("pool", "lost"), [("expandable", 2**20), ("default", GIB)])
+@pytest.mark.parametrize("noise", [1, 7919])
+def test_the_search_finds_the_frontier(monkeypatch, pool, lost, noise):
+    """Against a pool that loses `lost` bytes and up to 20 MiB more, differently for each N but never less for more."""
+    memory, tried = 8 * GIB, []
+
+    def pretend(case, seq_len, device):
+        tried.append(seq_len)
+        need = fit.need(VARIANTS[case.variant], fit.at_length(case.shape, seq_len), case.phase, "cuda")
+        loss = lost + seq_len * noise % (20 * 2**20)
+        row = {"fits": need + loss <= memory, "memory_bytes": memory, "taken_bytes": 0, "libraries_bytes": 0}
+        return row | {"requested_bytes": need, "allocated_bytes": need, "reserved_bytes": need + loss, "tried_bytes": 0}
+
+    monkeypatch.setattr(frontier, "in_fresh_process", pretend)
+    for case in frontier.cases(memory, fit.PHASES, [16, 128], pool=pool):
+        tried.clear()
+        row = frontier.search(case, "cuda")
+        found = row["found_seq_len"]
+        assert pretend(case, found, "")["fits"] and not pretend(case, found + 1, "")["fits"]
+        assert found <= row["predicted_seq_len"] and row["trials"] <= 12
+
+
+@pytest.mark.gpu
+def test_a_frontier_on_the_device():
+    (case,) = frontier.cases(GIB, ["backward"], [64], names=["naive"])
+    row = frontier.search(case, "cuda:0")
+    assert 0 <= row["predicted_seq_len"] - row["found_seq_len"] <= 0.02 * row["predicted_seq_len"]
+    assert row["memory_bytes"] - row["need_bytes"] <= row["reserved_bytes"] - row["requested_bytes"] + 20 * 2**20
+
+
+FIT = ["fit", "--memory", "24GiB", "--variant", "naive", "--batch", "8", "--head-dim", "64"]
+
+
+def test_fit_says_what_fits_and_what_goes_further(capsys):
+    assert main(FIT) == 0
+    text = capsys.readouterr().out
+    longest = fit.largest_seq_len(VARIANTS["naive"], Shape(8, 1, 1, 64), 24 * GIB, "backward")
+    assert (
+        f"largest N: {longest:,}" in text
+        and "softmax's backward" in text
+        and "take instead: naive_weights_only" in text
+    )
+    assert main([*FIT, "--inference", "--dtype", "float16", "--causal", "--device", "cpu"]) == 0
+    assert main(["fit", "--memory", "1KB", "--variant", "naive", "--batch", "9", "--head-dim", "64"]) == 0
+    assert "not even N = 1 fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check"],
+        ["check", "--seed", "x"],
+        ["check", "--seed", "7", "--count", "0"],
+        ["check", "--seed", "7", "--count", "-3"],
+        ["check", "--seed", "7", "--count", "1.5"],
+        ["check", "--seed", "7", "--device", "tpu"],
+        ["check", "--seed", "7", "--device", "cuda:99"],
+        ["fit"],
+        [*FIT, "--memory", "24"],
+        [*FIT, "--memory", "9PiB"],
+        [*FIT, "--variant", "flash"],
+        [*FIT, "--dtype", "int8"],
+        [*FIT, "--batch", "0"],
+        [*FIT, "--batch", "-8"],
+        [*FIT, "--head-dim", "64.5"],
+        [*FIT, "--device", "tpu"],
+        ["guess"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_gets_one_line(arguments, capsys):
+    assert main(arguments) == 1
+    seen = capsys.readouterr()
+    assert seen.out == "" and seen.err.startswith("error: ") and seen.err.count("\n") == 1
+
+
+def test_check_reports_and_exits_0(capsys):
+    assert main(["check", "--seed", "1", "--count", "1"]) == 0
+    configurations = 6 * len(VARIANTS)
+    assert f"law = ledger for {configurations} of {configurations} configurations" in capsys.readouterr().out
