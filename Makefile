@@ -1,6 +1,7 @@
 # The report's commands. With no environment active they make .venv; an active one is used and never changed.
 DEVICE ?= auto
 PROFILE ?= full
+ONLY ?=
 ARGS ?=
 
 ifndef PYTHON
@@ -18,8 +19,8 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 .PHONY: report replay test lab lint clean help ready
 .DEFAULT_GOAL := help
 
-report: ready ## measure this machine and write build/<device>/report.html and .pdf (DEVICE=auto|all|cpu|cuda:1 PROFILE=full|quick)
-	@"$(PYTHON)" report/build.py measure --device "$(DEVICE)" --profile "$(PROFILE)" $(ARGS)
+report: ready ## measure this machine and write build/<device>/report.html and .pdf (DEVICE=auto|all|cpu|cuda:1 PROFILE=full|quick ONLY=02)
+	@"$(PYTHON)" report/build.py measure --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
 
 replay: ready ## rebuild the report from committed data (DEVICE=nvidia-h200)
 	@"$(PYTHON)" report/build.py replay --device "$(DEVICE)" --profile "$(PROFILE)" $(ARGS)
@@ -33,7 +34,7 @@ lab: ready ## open the notebooks in JupyterLab
 lint: ready ## check code and notebooks with ruff
 	@"$(PYTHON)" -m ruff check && "$(PYTHON)" -m ruff format --check
 
-NEEDED = torch pandas matplotlib seaborn sympy psutil tqdm papermill nbconvert ipykernel
+NEEDED = torch pandas matplotlib seaborn sympy psutil tqdm papermill nbconvert ipykernel ipywidgets
 test: NEEDED += pytest pypandoc typst
 lint: NEEDED = ruff
 lab: NEEDED += jupyterlab

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from attnlib import device as dev
 from attnlib import variant
 from attnlib.core import AttnError, Shape, Variant
 from attnlib.measure import COLUMNS, POINT
+from attnlib.published import read
 from attnlib.sweep import Worker, is_sound, sweep
 
 ROOT = Path(__file__).parent.parent
@@ -62,11 +64,35 @@ def machines(folder: Path) -> dict[str, dict]:
         raise AttnError(f"no data for device {folder.name!r} (there is: {', '.join(devices())})")
     try:
         known = json.loads((folder / "machine.json").read_text())
-        if all(facts["machine"] == machine and facts["ceilings"] and facts["kind"] for machine, facts in known.items()):
+        if all(
+            facts["machine"] == machine and facts["kind"] and "ceilings" in facts for machine, facts in known.items()
+        ):
             return known
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         pass
     raise AttnError(f"data/{folder.name}/machine.json is damaged: delete it and measure again")
+
+
+def rows_of(path: Path) -> pd.DataFrame:
+    """The rows of a CSV of data/<device>/, with the description of their machine in `.attrs["machine"]`.
+
+    Raises AttnError if it cannot be read, is empty, or holds rows of more than one machine or torch version, or of a
+    machine that machine.json does not describe.
+    """
+    known, where = machines(path.parent), path.relative_to(ROOT)
+    blanks = {column: [""] for column in COLUMNS if column not in ("phase", "reason")}
+    try:
+        rows = pd.read_csv(path, keep_default_na=False, na_values=blanks)
+    except (OSError, ValueError) as error:
+        raise AttnError(f"cannot read {where}: {error}") from error
+    if missing := [column for column in ("machine", "torch") if column not in rows]:
+        raise AttnError(f"{where} lacks the column(s) {', '.join(missing)}")
+    if len(rows.drop_duplicates(["machine", "torch"])) != 1:
+        raise AttnError(f"{where} is empty, or holds rows of more than one machine or torch")
+    if (machine := rows["machine"].iloc[0]) not in known:
+        raise AttnError(f"{where} was measured on {machine}, which machine.json does not describe")
+    rows.attrs["machine"] = known[machine]
+    return rows
 
 
 def machine_of(folder: str, prefix: str = "") -> dict:
@@ -76,23 +102,17 @@ def machine_of(folder: str, prefix: str = "") -> dict:
     """
     machines(ROOT / "data" / folder)
     for path in sorted((ROOT / "data" / folder).glob(f"{prefix or '[0-9]'}*.csv")):
-        return load(folder, path.stem).attrs["machine"]
+        return rows_of(path).attrs["machine"]
     raise AttnError(f"data/{folder} has no CSV {prefix}*.csv")
 
 
 def load(device: str, name: str) -> pd.DataFrame:
-    """The rows of data/<device>/<name>.csv, with the description of their machine in `.attrs["machine"]`.
+    """The rows of a sweep, data/<device>/<name>.csv.
 
-    Raises AttnError if there is no such file, if columns are missing, if a row is damaged or there twice, or if there
-    are rows of more than one machine or torch version.
+    Raises AttnError as `rows_of` does, and if columns are missing, or a row is damaged or there twice.
     """
     path = ROOT / "data" / device / f"{name}.csv"
-    known, where = machines(path.parent), path.relative_to(ROOT)
-    blanks = {column: [""] for column in COLUMNS if column not in ("phase", "reason")}
-    try:
-        rows = pd.read_csv(path, keep_default_na=False, na_values=blanks)
-    except (OSError, ValueError) as error:
-        raise AttnError(f"cannot read {where}: {error}") from error
+    rows, where = rows_of(path), path.relative_to(ROOT)
     if missing := [column for column in COLUMNS if column not in rows]:
         raise AttnError(f"{where} lacks the column(s) {', '.join(missing)}")
     for number, row in enumerate(rows.astype(object).where(rows.notna(), "").to_dict("records"), 2):
@@ -103,17 +123,19 @@ def load(device: str, name: str) -> pd.DataFrame:
                 raise AttnError("figures or status damaged")
         except AttnError as error:
             raise AttnError(f"{where}, line {number}: {error}") from error
-    if rows.empty or rows.duplicated(POINT).any() or len(rows.drop_duplicates(["machine", "torch"])) != 1:
-        raise AttnError(f"{where} is empty, names a point twice, or holds rows of more than one machine or torch")
-    if (machine := rows["machine"].iloc[0]) not in known:
-        raise AttnError(f"{where} was measured on {machine}, which machine.json does not describe")
-    rows.attrs["machine"] = known[machine]
+    if rows.duplicated(POINT).any():
+        raise AttnError(f"{where} names a point twice")
     return rows
 
 
 def published(name: str) -> pd.DataFrame:
-    """Another report's table, data/published/<name>.csv: times in ms, memory in MiB, or MB where the column says so."""
-    return pd.read_csv(ROOT / "data" / "published" / f"{name}.csv")
+    """Another report's table, data/published/<name>.csv: times in ms, memory in MiB, or MB where the column says so.
+
+    Raises AttnError, as published.read does, for a damaged table.
+    """
+    path = ROOT / "data" / "published" / f"{name}.csv"
+    read(path)
+    return pd.read_csv(path)
 
 
 def say(text: str):
@@ -125,32 +147,64 @@ class Run:
     """One notebook on one device: where its rows come from, and where its figures and claims go.
 
     `device` is "auto", "cpu", "cuda" or "cuda:1", measured now; with `replay` it is a folder of data/ and nothing is
-    measured. Raises AttnError for an unknown device or profile, or a folder without data.
+    measured. ceilings: measure the device's ceilings, else those are kept that this machine had before. Raises
+    AttnError for an unknown device or profile, or a folder without data.
     """
 
-    def __init__(self, notebook: str, device: str = "auto", profile_name: str = "full", replay: bool = False):
+    def __init__(self, notebook, device="auto", profile_name="full", replay=False, *, ceilings=False):
         self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
         if replay:
             self.folder, self.machine = device, machine_of(device, notebook[:2])
+            self.device = self.machine["kind"]
         else:
             self.device, self.worker = dev.resolve(device), Worker()
             self.machine = self.worker.call(dev.describe, self.device)
-            self.machine["ceilings"] = self.worker.call(dev.ceilings, self.device)
             self.folder = self.machine["slug"] + self.profile.suffix
+            if ceilings:
+                self.machine["ceilings"] = self.worker.call(dev.ceilings, self.device)
+            else:
+                self.machine["ceilings"] = self._known().get(self.machine["machine"], {}).get("ceilings", {})
         self.on_cpu = self.machine["kind"] == "cpu"
 
     def sweep(self, name: str, points: list[tuple[Variant, Shape]]) -> pd.DataFrame:
         """The rows of data/<device>/<notebook number>_<name>.csv: measured now, or loaded if this is a replay."""
         name = f"{self.notebook[:2]}_{name}"
         if not self.replay:
-            folder, me = ROOT / "data" / self.folder, self.machine["machine"]
-            others = machines(folder) if (folder / "machine.json").exists() else {}
-            texts = [path.read_text() for path in folder.glob("*.csv")]
-            kept = {one: facts for one, facts in others.items() if one != me and any(one in text for text in texts)}
-            write(folder / "machine.json", json.dumps({**kept, me: self.machine}, indent=1) + "\n")
+            self._introduce()
+            path = ROOT / "data" / self.folder / f"{name}.csv"
             limits = {"budget_s": self.profile.budget_s, "timeout_s": self.profile.timeout_s}
-            sweep(points, folder / f"{name}.csv", self.machine, device=self.device, worker=self.worker, **limits)
+            sweep(points, path, self.machine, device=self.device, worker=self.worker, **limits)
         return load(self.folder, name)
+
+    def record(self, name: str, rows: Iterable[dict]) -> pd.DataFrame | None:
+        """Any other rows, as they are produced now, or from data/<device>/<notebook number>_<name>.csv in a replay.
+
+        The worker gives the device back first, so that all of it can be had. The file is written when all rows are
+        there; a replay without that file gives None. Raises AttnError if it cannot be written, or in a replay if it is
+        damaged or was not measured on a machine that machine.json describes.
+        """
+        folder = ROOT / "data" / self.folder
+        path = folder / f"{self.notebook[:2]}_{name}.csv"
+        if self.replay and not path.exists():
+            return None
+        if not self.replay:
+            self.worker.stop()
+            frame = pd.DataFrame(rows).assign(machine=self.machine["machine"], torch=self.machine["torch"])
+            self._introduce()
+            write(path, frame.to_csv(index=False))
+        return rows_of(path)
+
+    def _known(self) -> dict[str, dict]:
+        """The machines that the folder's machine.json describes, if it is there."""
+        folder = ROOT / "data" / self.folder
+        return machines(folder) if (folder / "machine.json").exists() else {}
+
+    def _introduce(self):
+        """Describe this machine in the folder's machine.json, beside those whose rows are still there."""
+        folder, me = ROOT / "data" / self.folder, self.machine["machine"]
+        texts = [path.read_text() for path in folder.glob("*.csv")]
+        kept = {one: facts for one, facts in self._known().items() if one != me and any(one in text for text in texts)}
+        write(folder / "machine.json", json.dumps({**kept, me: self.machine}, indent=1) + "\n")
 
     def agreement(self, name: str) -> pd.DataFrame | None:
         """The pairs of 0.1 ms and more that tests/agreement.py left for this very machine, or None."""

@@ -137,11 +137,14 @@ def export(out: Path, machine: dict):
     shutil.rmtree(work)
 
 
-def build(folder: str, machine: dict, parameters: dict):
+def build(folder: str, machine: dict, parameters: dict, only: str = ""):
     """Execute every notebook and export the report to build/<folder>/. A report of an earlier run is removed first.
 
-    Raises AttnError for a parameter that a notebook does not declare, before anything is touched.
+    only: the number of the one notebook that measures ("02"); the others are rebuilt from their data. Raises AttnError
+    for a number that no notebook has or a parameter that a notebook does not declare, before anything is touched.
     """
+    if only and not any(notebook.name.startswith(f"{only}_") for notebook in NOTEBOOKS):
+        raise AttnError(f"no notebook has the number {only!r}")
     for notebook in NOTEBOOKS:
         if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(notebook))):
             raise AttnError(f"{notebook.name} has no parameter {', '.join(unknown)}")
@@ -153,7 +156,8 @@ def build(folder: str, machine: dict, parameters: dict):
     for notebook in NOTEBOOKS:
         begun = time.monotonic()
         print(f"{notebook.name} on {machine['name']} ...", flush=True)
-        execute(notebook, out / "notebooks" / notebook.name, parameters)
+        replayed = {"device": folder, "replay": True} if only and not notebook.name.startswith(f"{only}_") else {}
+        execute(notebook, out / "notebooks" / notebook.name, parameters | replayed)
         print(f"{notebook.name} done in {time.monotonic() - begun:.0f} s", flush=True)
     if missing := [name for name in ("pypandoc", "typst") if not importlib.util.find_spec(name)]:
         print(f"measured, not exported: this Python lacks {', '.join(missing)}; elsewhere: make replay DEVICE={folder}")
@@ -180,6 +184,7 @@ def main() -> int:
     parser.add_argument("command", choices=("measure", "replay"))
     parser.add_argument("--device", default="auto", help="auto, all, cpu, cuda, cuda:1; for replay a folder of data/")
     parser.add_argument("--profile", default="full", help=" or ".join(results.PROFILES))
+    parser.add_argument("--only", default="", metavar="NN", help="measure this notebook, rebuild the others from data")
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="notebook parameter"
     )
@@ -200,7 +205,7 @@ def main() -> int:
             with Worker() as worker:
                 machine = worker.call(dev.describe, device)
             parameters = {**given, "device": device, "profile": options.profile}
-            build(machine["slug"] + profile.suffix, machine, parameters)
+            build(machine["slug"] + profile.suffix, machine, parameters, options.only)
     except (AttnError, WorkerDied, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -21,7 +21,7 @@ end
 
 local function table_of(div)
   local caption, raw = div.content[1], div.content[2]
-  local doc = pandoc.read(raw.text:gsub("<style.-</style>", ""), "html")
+  local doc = pandoc.read(raw.text:gsub("<style.-</style>", ""), "html+tex_math_dollars")
   local tbl
   doc:walk({Table = function(t) tbl = t end})
   if not tbl then error("no table in " .. div.identifier) end
