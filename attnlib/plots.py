@@ -121,3 +121,52 @@ def machines(rows, columns, *, ylabel):
             ax.plot(group["seq_len"], group[column], "o-", ms=3, lw=1, color=colour, label=source)
     legend(figure, axes[0])
     return figure
+
+
+def alive(ledgers, *, device, matrix_bytes):
+    """Bytes alive after each operation, one panel per variant: `ledgers` is `{variant: rows of memory.ledger}`.
+
+    Each colour is one N×N tensor from birth to death, grey is everything else, the unit is one N×N matrix.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), sharey=True, layout="constrained")
+    for ax, (variant, rows) in zip(axes.flat, ledgers.items(), strict=True):
+        rows = [row for row in rows if row["op"] != "return" and row["phase"] != "upstream"]
+        names = list(dict.fromkeys(name for row in rows for name in row["alive"]))
+        heights = {name: [row["alive"].get(name, 0) / matrix_bytes for row in rows] for name in names}
+        large = [name for name in names if max(heights[name]) > 0.4]
+        colours = dict(zip(large, sns.color_palette("husl", len(large)), strict=True))
+        bottom = [0.0] * len(rows)
+        for name in sorted(names, key=lambda name: name in large):
+            kind = {"color": colours.get(name, "#bbbbbb"), "width": 1.0, "linewidth": 0}
+            ax.bar(range(len(rows)), heights[name], bottom=bottom, **kind)
+            bottom = [below + height for below, height in zip(bottom, heights[name], strict=True)]
+        top = max(range(len(rows)), key=lambda place: bottom[place])
+        note = f"{bottom[top]:.1f} in {rows[top]['op'].split(' (')[0]}"
+        ax.annotate(note, (top, bottom[top]), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        ax.axvline(sum(row["phase"] == "forward" for row in rows) - 0.5, color="black", lw=0.8, ls=":")
+        ax.set(title=f"{variant} · {device}", xticks=[], xlabel="operations: forward ⋮ backward")
+        ax.set_ylim(0, 7)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("alive, in N×N matrices")
+    return figure
+
+
+def frontier(needs, memories, found, *, device):
+    """What training needs against N: `needs` is `{variant: {N: bytes}}`, `memories` {label: bytes} as horizontal lines.
+
+    found: frontier rows of training, or None; a dot where memory really ended, a cross for the default pool.
+    """
+    figure, (ax,) = panels(["training"], xs=next(iter(needs.values())), device=device, ylabel="GiB")
+    figure.set_figheight(3.6)
+    for variant, points in needs.items():
+        gib = [nbytes / 2**30 for nbytes in points.values()]
+        ax.plot(points.keys(), gib, "--", color=COLOURS[variant], lw=1, label=variant)
+    for label, nbytes in memories.items():
+        ax.axhline(nbytes / 2**30, color="black", lw=0.6)
+        ax.annotate(label, (0.01, nbytes / 2**30), (0, 2), ax.get_yaxis_transform(), "offset points", fontsize=7)
+    ax.set_ylim(min(memories.values()) / 2**31, 2 * max(memories.values()) / 2**30)
+    for row in () if found is None else found.itertuples():
+        marker = "o" if row.allocator == "expandable" else "x"
+        ax.plot(row.found_seq_len, row.memory_bytes / 2**30, marker, color=COLOURS[row.variant], ms=5, mew=1.5)
+    legend(figure, ax)
+    return figure
