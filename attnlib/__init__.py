@@ -1,9 +1,23 @@
 """attnlib: attention variants, what is known about each before it runs, and the means to measure them."""
 
-from attnlib import naive
+from attnlib import naive, sdpa, tiled
 from attnlib.core import AttnError, Variant
 
-VARIANTS = {variant.name: variant for variant in (naive.CUSTOM, naive.NAIVE, naive.WEIGHTS_ONLY, naive.RECOMPUTE)}
+NAIVE = {variant.name: variant for variant in (naive.CUSTOM, naive.NAIVE, naive.WEIGHTS_ONLY, naive.RECOMPUTE)}
+FUSED = {
+    variant.name: variant
+    for variant in (
+        sdpa.MATH,
+        sdpa.EFFICIENT,
+        sdpa.FLASH,
+        sdpa.CUDNN,
+        sdpa.DEFAULT,
+        sdpa.FA2,
+        sdpa.FA4,
+        tiled.TILED,
+    )
+}
+VARIANTS = NAIVE | FUSED
 
 
 def variant(name: str) -> Variant:

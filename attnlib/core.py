@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 
 import sympy
@@ -11,9 +11,10 @@ import torch
 
 # B batch, H heads, N sequence length, D head dimension, e bytes per element; c is 1 with a causal mask and 0 without;
 # g is 1 on a CUDA GPU and 0 on the CPU, whose kernels take other workspaces; h is 1 for bfloat16 and float16, which
-# some steps convert to float32, and 0 for float32.
+# some steps convert to float32, and 0 for float32; t is the number of CPU threads, m of a GPU's multiprocessors.
 B, H, N, D, e = SYMBOLS = sympy.symbols("B H N D e", positive=True, integer=True)
-c, g, h = sympy.symbols("c g h", nonnegative=True, integer=True)
+c, g, h = SWITCHES = sympy.symbols("c g h", nonnegative=True, integer=True)
+t, m = UNITS = sympy.symbols("t m", positive=True, integer=True)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,8 +25,15 @@ Terms = dict[str, sympy.Expr]  # {name: formula in bytes}
 
 @cache
 def compiled(expression: sympy.Expr) -> Callable[..., int]:
-    """A formula in the symbols above as a function of their values, in the order B, H, N, D, e, c, g, h."""
-    return sympy.lambdify((*SYMBOLS, c, g, h), expression, "math")
+    """A formula in the symbols above as a function of their values, in the order B, H, N, D, e, c, g, h, t, m."""
+    return sympy.lambdify((*SYMBOLS, *SWITCHES, *UNITS), expression, "math")
+
+
+@cache
+def multiprocessors(device: str) -> int:
+    """A GPU's number of multiprocessors; where there is none to ask, that of the H100 and H200, 132."""
+    there = device != "cpu" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).multi_processor_count if there else 132
 
 
 class AttnError(Exception):
@@ -78,7 +86,8 @@ class Shape:
         """The value of a formula in the symbols above at this shape on this device, an exact integer."""
         sizes = (self.batch, self.heads, self.seq_len, self.head_dim, self.element_size)
         switches = (int(self.causal), int(device != "cpu"), int(self.dtype != "float32"))
-        return int(compiled(sympy.sympify(expression))(*sizes, *switches))
+        units = (torch.get_num_threads(), multiprocessors(device))
+        return int(compiled(sympy.sympify(expression))(*sizes, *switches, *units))
 
     def columns(self) -> dict:
         """The columns that name this shape in every table."""
@@ -100,12 +109,14 @@ class Law:
     saved: alive between forward and backward, the output included. forward_peak and backward_peak: `{operation:
     terms}`, the moments at which that phase can hold the most, the backward one with the upstream gradient. Which of
     them does depends on the sizes (the score matrices decide where N exceeds D, the linear tensors where it does not),
-    so that the peak is the largest of these sums.
+    so that the peak is the largest of these sums. hidden: `{operation: bytes}` that its kernel takes for itself while
+    it runs, which no ledger can see and each is told; they are among the terms of the peaks.
     """
 
     saved: Terms
     forward_peak: dict[str, Terms]
     backward_peak: dict[str, Terms]
+    hidden: Terms = field(default_factory=dict)
 
     def moments(self, account: str) -> dict[str, Terms]:
         """The candidates for `account`, one of ACCOUNTS: `{operation: terms}`."""
@@ -132,10 +143,16 @@ def dense_reach(seq_len: int, causal: bool) -> torch.Tensor:
     return ones.tril() if causal else ones
 
 
+def older_than(capability: tuple[int, int], device: torch.device) -> bool:
+    """Whether `device` is a GPU of a lower compute capability; a GPU that is not there is taken for a new one."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return there and torch.cuda.get_device_capability(device) < capability
+
+
 def needs_dtype(shape: Shape, device: torch.device) -> str | None:
     """The reason why `device` lacks the shape's dtype, or None."""
     device = torch.device(device)
-    if shape.dtype == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if shape.dtype == "bfloat16" and older_than((8, 0), device):
         return f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic (needs compute capability 8.0)"
     return None
 
@@ -145,18 +162,22 @@ class Variant:
     """One way to compute attention, with all that is known about it before it runs.
 
     name: the word used everywhere. fn: `(q, k, v, *, causal) -> o`, all `[B, H, N, D]`. reach: `(N, causal) -> [N, N]`
-    or `[H, N, N]`, how many times query i sees key j. law: its memory. flops: floating-point operations of its matrix
-    products (a multiply-add is two). traffic: bytes its operations read and write, each operand once per operation.
-    needs: `(shape, device) -> None`, or the reason why it cannot run there.
+    or `[H, N, N]`, how many times query i sees key j. law: its memory, None where that depends on what PyTorch picks.
+    flops: floating-point operations of its matrix products (a multiply-add is two). traffic: bytes its operations read
+    and write, each operand once per operation, None where only the ledger counts them. needs: `(shape, device) ->
+    None`, or the reason why it cannot run there. traced: what the ledger runs in its place for a CUDA device, where fn
+    would pick a CPU's kernel for tensors that are not on a GPU. ledgered: whether a ledger can run it on fake tensors.
     """
 
     name: str
     fn: Callable
-    law: Law
+    law: Law | None
     flops: Phases
-    traffic: Phases
+    traffic: Phases | None = None
     reach: Callable = dense_reach
     needs: Callable = needs_dtype
+    traced: Callable | None = None
+    ledgered: bool = True
 
 
 def oracle(q, k, v, reach):

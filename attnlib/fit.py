@@ -69,10 +69,11 @@ def contents(variant: Variant, shape: Shape, phase: str, device: str = "cuda") -
 
 
 def options(shape: Shape, memory_bytes: int, device: str = "cuda") -> pd.DataFrame:
-    """Every variant's largest N in a memory: `variant, inference, training`, in the order of the table of variants."""
+    """The largest N in a memory of each variant with a law that takes such shapes: `variant, inference, training`."""
     found = [
         {"variant": name} | {use: largest_seq_len(v, shape, memory_bytes, phase, device) for use, phase in USES.items()}
         for name, v in VARIANTS.items()
+        if v.law and not v.needs(at_length(shape, 2), device)
     ]
     return pd.DataFrame(found)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attnlib import VARIANTS
+from attnlib import NAIVE, VARIANTS
 from attnlib.core import Shape
 from attnlib.fit import at_length, largest_seq_len, need
 from attnlib.measure import out_of_memory
@@ -31,7 +31,7 @@ class Case:
     allocator: str
 
 
-def cases(memory_bytes, phases, head_dims, *, dtypes=("float32",), pool="expandable", lengths=(1,), names=VARIANTS):
+def cases(memory_bytes, phases, head_dims, *, dtypes=("float32",), pool="expandable", lengths=(1,), names=NAIVE):
     """A Case for each variant in `names`, length, width, dtype and phase, at batch 8 and one head."""
     shapes = [Shape(8, 1, n, d, dtype) for n in lengths for d in head_dims for dtype in dtypes]
     return [Case(name, shape, phase, memory_bytes, pool) for name in names for shape in shapes for phase in phases]

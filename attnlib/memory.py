@@ -26,6 +26,14 @@ def tensors_in(tree) -> list[torch.Tensor]:
 aten = torch.ops.aten
 NO_KERNEL = {aten._unsafe_view, aten.empty, aten.empty_like, aten.new_empty}  # beside the views
 WRITE_ONLY = {aten.new_zeros, aten.zeros_like, aten.ones_like, aten.randn_like}  # their operand only gives the shape
+# the CPU's flash kernel, which PyTorch's counter leaves out, does what the GPU's does
+FLOPS = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+ON_THE_HOST = {aten._scaled_dot_product_efficient_attention: 2}  # this many last results are no device memory
 
 
 class Ledger(TorchDispatchMode):
@@ -33,13 +41,13 @@ class Ledger(TorchDispatchMode):
 
     traffic_bytes: what the operation reads and writes, each operand once. largest_bytes: its largest operand. alive:
     `{name: bytes}` of the storages alive at its end that were not there when the ledger was opened, each named after
-    the operation that made it; alive_bytes: their sum. On a CUDA `device` what is known to happen inside a kernel is
-    written down as well.
+    the operation that made it; alive_bytes: their sum. What happens inside a kernel is told: `hidden` is `{op: bytes}`
+    that operations take for themselves, and for a CUDA `device` the softmax's backward is written down.
     """
 
-    def __init__(self, device: str = "cpu"):
+    def __init__(self, device: str = "cpu", hidden: dict[str, int] | None = None):
         super().__init__()
-        self.device, self.phase, self.rows, self.known = device, "", [], weakref.WeakSet()
+        self.device, self.hidden, self.phase, self.rows, self.known = device, hidden or {}, "", [], weakref.WeakSet()
         self.alive, self.made = {}, Counter()
 
     def know(self, *tensors):
@@ -56,6 +64,8 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         results, op = tensors_in(out), func._overloadpacket
+        if op in ON_THE_HOST:
+            self.know(*results[-ON_THE_HOST[op] :])
         for storage in (result.untyped_storage() for result in results):
             if storage not in self.known:
                 self.known.add(storage)
@@ -68,8 +78,8 @@ class Ledger(TorchDispatchMode):
             sizes = [min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in operands]
             if op is aten._softmax_backward_data and self.device != "cpu":
                 self.write("mul (in softmax's backward)", sizes=[results[0].nbytes] * 3, workspace=results[0].nbytes)
-            flops = flop_registry[op](*args, **kwargs, out_val=out) if op in flop_registry else 0
-            self.write(op.__name__, flops, sizes)
+            flops = FLOPS[op](*args, **kwargs, out_val=out) if op in FLOPS else 0
+            self.write(op.__name__, flops, sizes, self.hidden.get(op.__name__, 0))
         return out
 
 
@@ -83,11 +93,13 @@ def ledger(variant: Variant, shape: Shape, device: str = "cpu") -> list[dict]:
     """
     with FakeTensorMode():
         q, k, v = shape.inputs()
-        book = Ledger(device)
+        hidden = variant.law.hidden if variant.law else {}
+        book = Ledger(device, {op: shape.evaluate(nbytes, device) for op, nbytes in hidden.items()})
         book.know(q, k, v)
         with book:
             book.phase = "forward"
-            o = variant.fn(q, k, v, causal=shape.causal)
+            fn = variant.traced if variant.traced and device != "cpu" else variant.fn
+            o = fn(q, k, v, causal=shape.causal)
             book.write("return")
             book.phase = "upstream"
             do = torch.randn_like(o)

@@ -145,7 +145,7 @@ def cells(rows: pd.DataFrame):
     frame = marks.pivot(index="variant", columns=["seq_len", "head_dim"], values="mark")
     joined = frame.T.groupby("seq_len").agg(lambda column: " ".join(sorted(set(column)))).T
     joined.columns = [f"N = {n}" for n in joined.columns]
-    return table(joined.loc[[name for name in VARIANTS if name in joined.index]].reset_index())
+    return table(joined.loc[list(dict.fromkeys(rows["variant"]))].reset_index())
 
 
 def same_endings(rows: pd.DataFrame, name: str) -> tuple[int, int]:
@@ -181,12 +181,12 @@ def tied(dependency: dict[str, int]) -> list[str]:
     return [left, text({name: -count for name, count in dependency.items() if count < 0})]
 
 
-def fits(shape: Shape, device: str):
-    """The largest N of each variant for the memories of some GPUs, training, with the one that gets furthest."""
+def fits(names, shape: Shape, device: str):
+    """The largest N in training of the variants `names` for the memories of some GPUs."""
     found = []
     for gpu, memory in MEMORIES.items():
         options = fit.options(shape, fit.nbytes(memory), device).set_index("variant")["training"]
-        found.append({"memory": f"{memory} ({gpu})", **{name: f"{n:,}" for name, n in options.items()}})
+        found.append({"memory": f"{memory} ({gpu})", **{name: f"{options[name]:,}" for name in names}})
     return table(pd.DataFrame(found))
 
 

@@ -7,7 +7,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from attnlib import VARIANTS
 
-COLOURS = dict(zip(VARIANTS, sns.color_palette("colorblind"), strict=False))
+COLOURS = dict(zip(VARIANTS, sns.color_palette("colorblind") + sns.color_palette("dark"), strict=False))
 REGIME_COLOURS = {"launch": "#7f7f7f", "bandwidth": "#1f77b4", "compute": "#d62728"}
 WIDTH, HEIGHT = 6.3, 2.7  # inches: the text width of the PDF
 

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from attnlib import VARIANTS, results
+from attnlib import NAIVE, results
 from attnlib import device as dev
 from attnlib.core import Shape
 from attnlib.measure import PHASES, POINT
@@ -39,7 +39,7 @@ def timers(device: str, lengths, budget_s: float = 0.1, rounds: int = 10) -> pd.
     """
     found = []
     for seq_len in lengths:
-        for name, variant in VARIANTS.items():
+        for name, variant in NAIVE.items():
             q, k, v = Shape(4 if device == "cpu" else 8, 1, seq_len, 64).inputs(device)
             o = variant.fn(q, k, v, causal=False)
             do = torch.randn_like(o)
@@ -71,9 +71,7 @@ def repeat(device: str) -> pd.DataFrame:
     with Worker() as worker:
         machine = worker.call(dev.describe, device)
         first = results.load(machine["slug"], "01_naive_sweep")
-        points = [
-            (VARIANTS[row.variant], Shape(*row[2:7], causal=bool(row.causal))) for row in first[POINT].itertuples()
-        ]
+        points = [(NAIVE[row.variant], Shape(*row[2:7], causal=bool(row.causal))) for row in first[POINT].itertuples()]
         path = results.ROOT / "build" / machine["slug"] / "repeat.csv"
         sweep(points, path, machine, device=device, worker=worker, budget_s=results.profile("full").budget_s)
     second = pd.read_csv(path)

@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from attnlib import VARIANTS, results
+from attnlib import NAIVE, results
 from attnlib.core import AttnError
 from report import build as report
 
@@ -20,10 +20,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def readme_table() -> str:
     """The README's table, from the committed rows."""
     rows = results.load("nvidia-h200", "01_naive_sweep").query("head_dim == 64")
-    lines = ["| N | " + " | ".join(f"`{name}`" for name in VARIANTS) + " |", "|---:|" + "---:|" * len(VARIANTS)]
+    lines = ["| N | " + " | ".join(f"`{name}`" for name in NAIVE) + " |", "|---:|" + "---:|" * len(NAIVE)]
     for seq_len in (1024, 4096, 16384, 32768):
         cells = []
-        for name in VARIANTS:
+        for name in NAIVE:
             row = rows[(rows["seq_len"] == seq_len) & (rows["variant"] == name)].iloc[0]
             figures = f"{row['forward_backward_ms']:.3g} ms, {row['backward_peak_bytes'] / 2**30:.2f} GiB"
             cells.append(figures if row["status"] == "ok" else f"out of memory in {row['phase']}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import faults
 import pytest
 
-from attnlib import VARIANTS
+from attnlib import NAIVE, VARIANTS
 from attnlib.core import AttnError, Shape
 from attnlib.sweep import COLUMNS, Worker, WorkerDied, key, sweep
 
@@ -33,7 +33,7 @@ def read(path):
 
 def test_each_point_has_its_row_in_order(tmp_path, machine, worker):
     path = tmp_path / "x.csv"
-    wanted = [(VARIANTS[name], Shape(2, 1, n, 8, causal=True)) for n in (16, 33) for name in VARIANTS]
+    wanted = [(VARIANTS[name], Shape(2, 1, n, 8, causal=True)) for n in (16, 33) for name in NAIVE]
     sweep(wanted, path, machine, worker=worker, **QUICK)
     rows = read(path)
     assert list(rows[0]) == COLUMNS and not path.with_name("x.csv.partial").exists()
