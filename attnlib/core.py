@@ -76,8 +76,8 @@ class Shape:
         return 3 * self.batch * self.heads * self.seq_len * self.head_dim * self.element_size
 
     def inputs(self, device="cpu", seed=0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k, v `[B, H, N, D]` from a standard normal distribution, requiring gradients."""
-        generator = torch.Generator(device).manual_seed(seed)
+        """q, k, v `[B, H, N, D]` from a standard normal distribution, requiring gradients; without data on "meta"."""
+        generator = torch.Generator("cpu" if device == "meta" else device).manual_seed(seed)
         size = (self.batch, self.heads, self.seq_len, self.head_dim)
         draw = lambda: torch.randn(size, dtype=DTYPES[self.dtype], device=device, generator=generator)  # noqa: E731
         return tuple(draw().requires_grad_() for _ in range(3))
@@ -165,8 +165,9 @@ class Variant:
     or `[H, N, N]`, how many times query i sees key j. law: its memory, None where that depends on what PyTorch picks.
     flops: floating-point operations of its matrix products (a multiply-add is two). traffic: bytes its operations read
     and write, each operand once per operation, None where only the ledger counts them. needs: `(shape, device) ->
-    None`, or the reason why it cannot run there. traced: what the ledger runs in its place for a CUDA device, where fn
-    would pick a CPU's kernel for tensors that are not on a GPU. ledgered: whether a ledger can run it on fake tensors.
+    None`, or the reason why it cannot run there. traced: `(q, k, v, *, causal, device) -> o`, what the ledger runs in
+    its place where fn leaves the choice of an operator to the tensors' device, and tensors without data have none.
+    ledgered: whether a ledger can run it.
     """
 
     name: str

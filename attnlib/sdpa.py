@@ -81,20 +81,22 @@ def fa4(q, k, v, *, causal=False):
     return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal)[0].transpose(1, 2)
 
 
-def traced_flash(q, k, v, *, causal):
-    """sdpa_flash as its CUDA operator: the kernel wants D in multiples of 8, and PyTorch pads."""
+def traced_flash(q, k, v, *, causal, device):
+    """sdpa_flash as its operator on `device`: FlashAttention-2 wants D in multiples of 8, and PyTorch pads."""
+    if device == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)[0]
     q8, k8, v8 = (F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x for x in (q, k, v))
     o = aten._scaled_dot_product_flash_attention(q8, k8, v8, 0.0, causal, scale=q.shape[-1] ** -0.5)[0]
     return o[..., : q.shape[-1]]
 
 
-def traced_efficient(q, k, v, *, causal):
-    """sdpa_efficient as its CUDA operator."""
+def traced_efficient(q, k, v, *, causal, device):
+    """sdpa_efficient as its operator on CUDA."""
     return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)[0]
 
 
-def traced_cudnn(q, k, v, *, causal):
-    """sdpa_cudnn as its CUDA operator."""
+def traced_cudnn(q, k, v, *, causal, device):
+    """sdpa_cudnn as its operator on CUDA."""
     return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)[0]
 
 

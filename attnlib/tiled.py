@@ -16,24 +16,17 @@ from attnlib.naive import LINEAR, ROWS
 BLOCK = 1024  # queries and keys in a tile: enough for an operation on it to be worth its launch
 
 
-def blocks(seq_len, block):
-    """The slices that cut a sequence into blocks."""
-    return [slice(start, min(start + block, seq_len)) for start in range(0, seq_len, block)]
+def masked(scores, first_query, first_key):
+    """Put minus infinity where a key lies after its query; the tile's first query and key have these positions."""
+    queries = torch.arange(first_query, first_query + scores.shape[-2], device=scores.device)
+    keys = torch.arange(first_key, first_key + scores.shape[-1], device=scores.device)
+    return scores.masked_fill_(keys > queries[:, None], float("-inf"))
 
 
-def keys_of(rows, seq_len, block, causal):
-    """The blocks of keys that the queries `rows` see."""
-    return blocks(rows.stop if causal else seq_len, block)
-
-
-def scores_of(q, k, rows, columns, causal):
-    """QKᵀ/√D of one tile `[B, H, block_q, block_k]`, minus infinity where a key lies after its query if causal."""
-    scores = (q @ k.transpose(-2, -1)).mul_(q.shape[-1] ** -0.5)
-    if causal and columns.stop - 1 > rows.start:
-        queries = torch.arange(rows.start, rows.stop, device=q.device)
-        keys = torch.arange(columns.start, columns.stop, device=q.device)
-        scores.masked_fill_(keys > queries[:, None], float("-inf"))
-    return scores
+def scores_of(q, k, first_query, first_key, causal):
+    """QKᵀ/√D of one tile `[B·H, block_q, block_k]`."""
+    scores = torch.bmm(q, k.mT).mul_(q.shape[-1] ** -0.5)
+    return masked(scores, first_query, first_key) if causal and first_key + k.shape[-2] > first_query + 1 else scores
 
 
 def take_in(q, k, v, largest, total, weighted, where):
@@ -43,58 +36,69 @@ def take_in(q, k, v, largest, total, weighted, where):
     new = torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
     exp, fade = scores.sub_(new).exp_(), largest.sub_(new).exp_()
     total.mul_(fade).add_(exp.sum(dim=-1, keepdim=True))
-    weighted.mul_(fade).add_(exp @ v)
+    weighted.mul_(fade).baddbmm_(exp, v)
     largest.copy_(new)
 
 
-def forward_rows(q, k, v, rows, causal, block_k):
-    """Output and log-sum-exp of the queries `rows`, over all the keys they see."""
-    q = q[:, :, rows].float()
+def forward_rows(q, keys, values, first_query, causal):
+    """Output and log-sum-exp of a block of queries, over those blocks of keys and values that they see."""
+    q = q.float()
     largest = q.new_full((*q.shape[:-1], 1), float("-inf"))
     total, weighted = torch.zeros_like(largest), torch.zeros_like(q)
-    for columns in keys_of(rows, k.shape[-2], block_k, causal):
-        where = rows, columns, causal
-        take_in(q, k[:, :, columns].float(), v[:, :, columns].float(), largest, total, weighted, where)
+    first_key = 0
+    for k, v in zip(keys, values, strict=True):
+        if not causal or first_key < first_query + q.shape[-2]:
+            take_in(q, k.float(), v.float(), largest, total, weighted, (first_query, first_key, causal))
+        first_key += k.shape[-2]
     return weighted.div_(total), largest.add_(total.log_())
 
 
-def backward_tile(q, k, v, lse, delta, do, dq, dk, dv, where):
-    """Add one tile's share to the gradients: P = exp(S − lse), dV += PᵀdO, dS = P ∘ (dOVᵀ − delta), dQ += dS K, …"""
-    weights = scores_of(q, k, *where).sub_(lse).exp_()
-    dv.add_(weights.transpose(-2, -1) @ do)
-    ds = (do @ v.transpose(-2, -1)).sub_(delta).mul_(weights).mul_(q.shape[-1] ** -0.5)
-    dq.add_(ds @ k)
-    dk.add_(ds.transpose(-2, -1) @ q)
+def add_gradients(q, k, v, lse, delta, do, dq, dk, dv, where):
+    """Add one tile's share: P = exp(S − lse), dV += PᵀdO, dS = P ∘ (dO Vᵀ − delta)/√D, dQ += dS K, dK += dSᵀQ."""
+    weights, scale = scores_of(q, k, *where).sub_(lse).exp_(), q.shape[-1] ** -0.5
+    dv.baddbmm_(weights.mT, do)
+    ds = torch.bmm(do, v.mT).sub_(delta).mul_(weights)
+    dq.baddbmm_(ds, k, alpha=scale)
+    dk.baddbmm_(ds.mT, q, alpha=scale)
 
 
-def backward_rows(q, k, v, o, lse, do, dq, dk, dv, rows, causal, block_k):
-    """Add to the gradients what comes from the queries `rows`."""
-    q, do = q[:, :, rows].float(), do[:, :, rows].float()
-    delta = (do * o[:, :, rows]).sum(dim=-1, keepdim=True)  # rowsum(dO ∘ O) is rowsum(dP ∘ P)
-    for columns in keys_of(rows, k.shape[-2], block_k, causal):
-        tile = k[:, :, columns].float(), v[:, :, columns].float(), lse[:, :, rows], delta, do
-        grads = dq[:, :, rows], dk[:, :, columns], dv[:, :, columns]
-        backward_tile(q, *tile, *grads, (rows, columns, causal))
-        del tile
+def backward_rows(q, o, lse, do, dq, keys, values, first_query, causal):
+    """Add to the gradients what comes from a block of queries; keys and values: blocks of (k, dk) and of (v, dv)."""
+    q, do = q.float(), do.float()
+    delta = (do * o).sum(dim=-1, keepdim=True)  # rowsum(dO ∘ O) is rowsum(dP ∘ P)
+    first_key = 0
+    for (k, dk), (v, dv) in zip(keys, values, strict=True):
+        if not causal or first_key < first_query + q.shape[-2]:
+            where = first_query, first_key, causal
+            add_gradients(q, k.float(), v.float(), lse, delta, do, dq, dk, dv, where)
+        first_key += k.shape[-2]
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, block_q, block_k):
-        o, lse = torch.empty_like(q), q.new_empty((*q.shape[:-1], 1), dtype=torch.float32)
-        for rows in blocks(q.shape[-2], block_q):
-            o[:, :, rows], lse[:, :, rows] = forward_rows(q, k, v, rows, causal, block_k)
+        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((*q.shape[:-1], 1), dtype=torch.float32, device=q.device)
+        rows = (x.flatten(0, 1).split(block_q, dim=-2) for x in (q, o, lse))
+        keys, values = (x.flatten(0, 1).split(block_k, dim=-2) for x in (k, v))
+        for i, (qi, oi, lsei) in enumerate(zip(*rows, strict=True)):
+            found = forward_rows(qi, keys, values, i * block_q, causal)
+            oi.copy_(found[0]), lsei.copy_(found[1])
+            del found
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.tiling = block_q, block_k, causal
+        ctx.tiling = causal, block_q, block_k
         return o
 
     @staticmethod
     def backward(ctx, do):
-        (q, k, v, o, lse), (block_q, block_k, causal) = ctx.saved_tensors, ctx.tiling
-        grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
-        for rows in blocks(q.shape[-2], block_q):
-            backward_rows(q, k, v, o, lse, do, *grads, rows, causal, block_k)
-        return *(grad.to(q.dtype) for grad in grads), None, None, None
+        saved, (causal, block_q, block_k) = ctx.saved_tensors, ctx.tiling
+        q, k, v, o, lse, do = (x.flatten(0, 1) for x in (*saved, do))
+        dq, dk, dv = grads = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
+        rows = (x.split(block_q, dim=-2) for x in (q, o, lse, do, dq))
+        keys, values = ([x.split(block_k, dim=-2) for x in pair] for pair in ((k, dk), (v, dv)))
+        for i, row in enumerate(zip(*rows, strict=True)):
+            backward_rows(*row, zip(*keys, strict=True), zip(*values, strict=True), i * block_q, causal)
+        return *(grad.to(q.dtype).view(saved[0].shape) for grad in grads), None, None, None
 
 
 def tiled(q, k, v, *, causal=False, block_q=BLOCK, block_k=BLOCK):
@@ -127,12 +131,18 @@ TILED = Variant(
     law=Law(
         saved=SAVED,
         forward_peak={
-            "weighted sum": {**FORWARD, "new largest and fading": SUMS, "product with v": BLOCK_ROWS},
+            "largest score": {**FORWARD, "largest of the tile, new largest": 2 * SUMS},
             "masking": {**FORWARD, "positions and mask": TILE_MASK},
         },
         backward_peak={
-            "dq, dk of a tile": {**BACKWARD_TILE, "gradient of the tile": TILE, "product": BLOCK_ROWS},
+            "tile": {**BACKWARD_TILE, "gradient of the tile": TILE},
             "masking": {**BACKWARD_TILE, "positions and mask": TILE_MASK},
+            "rowsum(dO ∘ O)": {
+                **BACKWARD,
+                "rows of q, dO in float32": 2 * h * BLOCK_ROWS,
+                "dO ∘ O": BLOCK_ROWS,
+                "delta": SUMS,
+            },
             "gradients in the half type": {**BACKWARD, "dq, dk, dv": 3 * h * LINEAR},
         },
     ),
