@@ -10,7 +10,7 @@ Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; the recurrence is that
 import torch
 from sympy import Min, Piecewise, ceiling
 
-from attnlib.core import B, D, H, Law, N, Phases, Variant, c, h
+from attnlib.core import AttnError, B, D, H, Law, N, Phases, Variant, c, h
 from attnlib.naive import LINEAR, ROWS
 
 BLOCK = 1024  # queries and keys in a tile: enough for an operation on it to be worth its launch
@@ -102,7 +102,14 @@ class _Tiled(torch.autograd.Function):
 
 
 def tiled(q, k, v, *, causal=False, block_q=BLOCK, block_k=BLOCK):
-    """o `[B, H, N, D]`; memory grows with N, not with its square. block_q, block_k: queries and keys in a tile."""
+    """o `[B, H, N, D]`; memory grows with N, not with its square. block_q, block_k: queries and keys in a tile.
+
+    Raises AttnError if q, k and v differ in shape, dtype or device, or a block is no positive integer.
+    """
+    if len({(x.shape, x.dtype, x.device) for x in (q, k, v)}) > 1:
+        raise AttnError("q, k and v must have the same shape, dtype and device")
+    if not all(isinstance(block, int) and block > 0 for block in (block_q, block_k)):
+        raise AttnError(f"block_q and block_k must be positive integers, not {block_q!r} and {block_k!r}")
     return _Tiled.apply(q, k, v, causal, block_q, block_k)
 
 
