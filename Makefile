@@ -23,7 +23,7 @@ report: ready ## measure this machine and write build/<device>/report.html and .
 	@"$(PYTHON)" report/build.py measure --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
 
 replay: ready ## rebuild the report from committed data (DEVICE=nvidia-h200)
-	@"$(PYTHON)" report/build.py replay --device "$(DEVICE)" --profile "$(PROFILE)" $(ARGS)
+	@"$(PYTHON)" report/build.py replay --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
 
 test: ready ## run the tests
 	@"$(PYTHON)" -m pytest $(ARGS)

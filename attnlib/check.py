@@ -14,10 +14,14 @@ from attnlib import device as dev
 from attnlib.core import ACCOUNTS, DTYPES, AttnError, Shape
 from attnlib.measure import POINT
 from attnlib.memory import ledger, observe, reached
-from attnlib.sweep import Worker
+from attnlib.sweep import Worker, leave_with_parent
 
 BLOCK = 512  # the CUDA caching allocator hands out multiples of this many bytes
 SOURCES = ("law", "ledger", "requested")
+SEEN = [f"{account}_{kind}_bytes" for account in ACCOUNTS for kind in ("requested", "allocated")]
+
+# bytes that the CPU's allocator may count beyond the law, in float32, for scale factors wrapped into tensors
+WRAPPED = 16
 
 
 def draw(seed: int, count: int) -> list[Shape]:
@@ -32,27 +36,42 @@ def draw(seed: int, count: int) -> list[Shape]:
     return [Shape(*size, dtype, causal) for size in sizes for dtype in DTYPES for causal in (False, True)]
 
 
-def seen_by_the_allocator(name: str, shape: Shape, device: str) -> dict[str, int]:
-    """`<account>_requested_bytes` and `<account>_allocated_bytes` of a real run; nothing where it has no room."""
-    variant = VARIANTS[name]
+def cases(shapes: list[Shape], device: str, names=VARIANTS) -> list[tuple[str, Shape, str]]:
+    """`(variant, shape, device)` for every variant of `names` that has a law, at every shape that it takes."""
+    lawful = [name for name in names if VARIANTS[name].law]
+    return [(name, shape, device) for shape in shapes for name in lawful if not VARIANTS[name].needs(shape, device)]
+
+
+def observed(name: str, shape: Shape, device: str) -> dict:
+    """The shape's columns and SEEN, what the allocator saw in a real run on a GPU; None where it has no room."""
+    variant, row = VARIANTS[name], {"variant": name, **shape.columns()} | dict.fromkeys(SEEN)
     need = shape.input_bytes + max(variant.law.bytes(account, shape, device) for account in ACCOUNTS)
     torch.cuda.empty_cache()
     if need > dev.memory_free(device):
-        return {}
+        return row
     for size in (Shape(1, 1, 16, shape.head_dim, shape.dtype, shape.causal), shape):  # the first makes the workspaces
         seen = observe(variant, *size.inputs(device), causal=shape.causal, backward=True)
-    requested = (seen.current["forward"], seen.peak["forward"], seen.peak["backward"])
-    allocated = (seen.current_blocks["forward"], seen.peak_blocks["forward"], seen.peak_blocks["backward"])
-    found = {}
-    for account, wanted, given in zip(ACCOUNTS, requested, allocated, strict=True):
-        found |= {f"{account}_requested_bytes": wanted, f"{account}_allocated_bytes": given}
-    return found
+    figures = zip(
+        ACCOUNTS,
+        (seen.current["forward"], seen.peak["forward"], seen.peak["backward"]),
+        (seen.current_blocks["forward"], seen.peak_blocks["forward"], seen.peak_blocks["backward"]),
+        strict=True,
+    )
+    for account, requested, allocated in figures:
+        row |= {f"{account}_requested_bytes": requested, f"{account}_allocated_bytes": allocated}
+    return row
+
+
+def observe_all(todo: list[tuple[str, Shape, str]]) -> Iterator[dict]:
+    """`observed` for each of `cases`, in a worker."""
+    with Worker() as worker:
+        yield from (worker.call(observed, *case) for case in todo)
 
 
 def compare(name: str, shape: Shape, device: str) -> dict:
-    """One row: the shape's columns and, for each of ACCOUNTS, `<account>_<source>_bytes` for each of SOURCES.
+    """The shape's columns and `<account>_law_bytes`, `<account>_ledger_bytes` for each of ACCOUNTS.
 
-    For a GPU also `rounding`, by how much blocks of BLOCK bytes exceed the tensors that the ledger has alive then.
+    Also `<account>_rounding_bytes`, by how much blocks of BLOCK bytes exceed what the ledger has alive then.
     Where a ledger cannot run the variant, the law stands alone.
     """
     variant = VARIANTS[name]
@@ -60,35 +79,24 @@ def compare(name: str, shape: Shape, device: str) -> dict:
     row |= {f"{account}_law_bytes": variant.law.bytes(account, shape, device) for account in ACCOUNTS}
     for account, moment in reached(ledger(variant, shape, device)).items() if variant.ledgered else ():
         row[f"{account}_ledger_bytes"] = moment["alive_bytes"]
-        if device != "cpu":
-            row[f"{account}_rounding_bytes"] = sum(-nbytes % BLOCK for nbytes in moment["alive"].values())
+        row[f"{account}_rounding_bytes"] = sum(-nbytes % BLOCK for nbytes in moment["alive"].values())
     return row
 
 
-def compare_all(name: str, shape: Shape, device: str) -> dict:
-    """`compare`, and on a GPU the allocator's account beside it."""
-    row = compare(name, shape, device)
-    return row if device == "cpu" else row | seen_by_the_allocator(name, shape, device)
+def check(todo: list[tuple[str, Shape, str]], seen: pd.DataFrame | None = None) -> pd.DataFrame:
+    """`compare` for each of `cases`, on all cores, beside what the allocator saw, the rows of `observed`.
 
-
-def check(shapes: list[Shape], device: str = "cpu") -> Iterator[dict]:
-    """The rows of `compare` for every variant that has a law, at every shape that it takes, in order.
-
-    A GPU's run in a worker, the CPU's on all cores.
+    Raises AttnError if one of the cases is not among the rows of `seen`.
     """
-    names = [name for name, variant in VARIANTS.items() if variant.law]
-    cases = [(name, s, device) for s in shapes for name in names if not VARIANTS[name].needs(s, torch.device(device))]
-    if device == "cpu":
-        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("forkserver")) as pool:
-            yield from pool.map(compare_all, *zip(*cases, strict=True), chunksize=24)
-    else:
-        with Worker() as worker:
-            yield from (worker.call(compare_all, *case) for case in cases)
-
-
-WRAPPED = (
-    16  # bytes that the CPU's allocator may count beyond the law: scale factors wrapped into tensors of one element
-)
+    forked = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(os.cpu_count(), forked, initializer=leave_with_parent) as pool:
+        rows = pd.DataFrame(pool.map(compare, *zip(*todo, strict=True), chunksize=24))
+    if seen is None:
+        return rows
+    both = rows.merge(seen[[*POINT, *SEEN]], how="left", on=POINT, indicator=True)
+    if lacking := int((both["_merge"] == "left_only").sum()):
+        raise AttnError(f"{lacking} of {len(rows)} configurations were not measured")
+    return both.drop(columns="_merge")
 
 
 def tally(rows: pd.DataFrame, device: str) -> dict[str, tuple[int, int]]:
@@ -97,39 +105,39 @@ def tally(rows: pd.DataFrame, device: str) -> dict[str, tuple[int, int]]:
     for row in rows.to_dict("records"):
         booked = compare(row["variant"], Shape(*(row[size] for size in POINT[1:])), device)
         for account, (measured, equal) in found.items():
-            law, ledger, seen = (
-                booked[f"{account}_law_bytes"],
-                booked[f"{account}_ledger_bytes"],
-                row[f"{account}_bytes"],
-            )
+            law, seen = booked[f"{account}_law_bytes"], row[f"{account}_bytes"]
             if not pd.isna(seen):
-                same = law == ledger and 0 <= seen - law <= (WRAPPED if device == "cpu" else 0)
+                same = law == booked[f"{account}_ledger_bytes"] and 0 <= seen - law <= WRAPPED * (device == "cpu")
                 found[account] = (measured + 1, equal + same)
     return found
 
 
-def mismatches(row: dict) -> list[str]:
-    """A text for each account of a row on which the sources differ, with the terms of the law."""
-    shape = Shape(*(row[size] for size in POINT[1:]))
-    device = "cuda" if {"saved_rounding_bytes", "saved_requested_bytes"} & set(row) else "cpu"
+def mismatches(rows: pd.DataFrame, device: str) -> list[str]:
+    """A text for each row and account on which the sources differ, with the terms of the law.
+
+    What is missing in a row is no mismatch: no ledger can run the variant, or the allocator had no room.
+    """
     found = []
     for account in ACCOUNTS:
-        seen = {source: row[key] for source in SOURCES if (key := f"{account}_{source}_bytes") in row}
-        if len(set(seen.values())) > 1:
+        columns = [f"{account}_{source}_bytes" for source in SOURCES if f"{account}_{source}_bytes" in rows]
+        for row in rows[rows[columns].nunique(axis=1) > 1].to_dict("records"):
+            shape = Shape(*(row[size] for size in POINT[1:]))
             operation, terms = VARIANTS[row["variant"]].law.at(account, shape, device)
-            figures = ", ".join(f"{source} {nbytes}" for source, nbytes in seen.items())
+            figures = ", ".join(f"{c.split('_')[-2]} {row[c]:.0f}" for c in columns if not pd.isna(row[c]))
             found.append(f"{row['variant']} {shape}: {account}: {figures}; law at {operation}: {terms}")
     return found
 
 
 def report(seed: int, count: int, device: str) -> int:
     """Check `count` random sizes, print each mismatch; 0 if there is none, else 1. Raises AttnError as `draw` does."""
-    rows, wrong, unseen = 0, 0, 0
-    for row in check(draw(seed, count), device):
-        found = mismatches(row)
-        rows, wrong, unseen = rows + 1, wrong + bool(found), unseen + ("saved_requested_bytes" not in row)
-        print(*found, sep="\n", end="\n" if found else "")
+    todo = cases(draw(seed, count), device)
+    seen = None if device == "cpu" else pd.DataFrame(observe_all(todo))
+    rows = check(todo, seen)
+    found = mismatches(rows, device)
+    print(*found, sep="\n", end="\n" if found else "")
+    wrong = len({text.split(": ")[0] for text in found})
+    unseen = 0 if seen is None else int(seen[SEEN[0]].isna().sum())
     sources = "law = ledger" if device == "cpu" else "law = ledger = allocator"
-    lacking = f" ({unseen} had no room on the device: law and ledger alone)" if device != "cpu" and unseen else ""
-    print(f"{sources} for {rows - wrong} of {rows} configurations, to the byte{lacking}")
+    lacking = f" ({unseen} had no room on the device: law and ledger alone)" if unseen else ""
+    print(f"{sources} for {len(rows) - wrong} of {len(rows)} configurations, to the byte{lacking}")
     return int(wrong > 0)

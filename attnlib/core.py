@@ -96,7 +96,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Phases:
-    """One formula for the forward pass and one for the backward pass, in B, H, N, D, e and c."""
+    """One formula for the forward pass and one for the backward pass, in the symbols above."""
 
     forward: sympy.Expr
     backward: sympy.Expr
@@ -167,7 +167,7 @@ class Variant:
     and write, each operand once per operation, None where only the ledger counts them. needs: `(shape, device) ->
     None`, or the reason why it cannot run there. traced: `(q, k, v, *, causal, device) -> o`, what the ledger runs in
     its place where fn leaves the choice of an operator to the tensors' device, and tensors without data have none.
-    ledgered: whether a ledger can run it.
+    ledgered: whether a ledger can run it. inputs: `(shape, device) -> tensors`, what fn takes, the first of o's shape.
     """
 
     name: str
@@ -179,6 +179,7 @@ class Variant:
     needs: Callable = needs_dtype
     traced: Callable | None = None
     ledgered: bool = True
+    inputs: Callable = Shape.inputs
 
 
 def oracle(q, k, v, reach):

@@ -2,6 +2,7 @@
 
 import re
 from bisect import bisect_right
+from fractions import Fraction
 
 import pandas as pd
 import sympy
@@ -9,8 +10,9 @@ import sympy
 from attnlib import VARIANTS, variant
 from attnlib.core import DTYPES, AttnError, B, D, H, N, Shape, Variant, c, e, g, h
 
-UNITS = {"B": 1} | {f"{p}{i}B": b**n for i, b in (("", 1000), ("i", 1024)) for n, p in enumerate("KMGTP", 1)}
+MULTIPLES = {"B": 1} | {f"{p}{i}B": b**n for i, b in (("", 1000), ("i", 1024)) for n, p in enumerate("KMGTP", 1)}
 PHASES = ("forward", "backward")
+USES = {"inference": "forward", "training": "backward"}
 LONGEST = 10**12  # nobody's sequence; keeps the search finite
 M, LENGTH = sympy.symbols("M N", positive=True)  # bytes of memory; N as a number to be solved for
 
@@ -21,10 +23,10 @@ def nbytes(text: str) -> int:
     Raises AttnError without a number or a unit, for nothing, and for more than 1 PiB.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]i?B|B)\s*", text)
-    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
-    if not 1 <= size <= UNITS["PiB"]:
+    size = Fraction(match[1]) * MULTIPLES[match[2]] if match else 0
+    if not 1 <= size <= MULTIPLES["PiB"]:
         raise AttnError(f"memory must be a number with a unit, such as 24GiB or 80GB, up to 1PiB, not {text!r}")
-    return size
+    return int(size)
 
 
 def need(variant: Variant, shape: Shape, phase: str, device: str = "cuda") -> int:
@@ -78,16 +80,16 @@ def options(shape: Shape, memory_bytes: int, device: str = "cuda") -> pd.DataFra
     return pd.DataFrame(found)
 
 
-USES = {"inference": "forward", "training": "backward"}
-
-
 def describe(variant: Variant, shape: Shape, memory_bytes: int, phase: str, device: str = "cuda") -> str:
-    """What fits, in words and a table: the largest N, what fills the memory there, and which variant gets further."""
+    """What fits, in words and a table: the largest N, what fills the memory there, and which variant gets further.
+
+    Inference is a forward pass that still records a graph; under torch.no_grad a little more may fit.
+    """
     use = next(use for use, named in USES.items() if named == phase)
     mask = ", causal" if shape.causal else ""
     about = f"{variant.name}, batch {shape.batch}, heads {shape.heads}, head_dim {shape.head_dim}, {shape.dtype}{mask}"
     longest = largest_seq_len(variant, shape, memory_bytes, phase, device)
-    lines = [f"{about}, {use} on {device}, {memory_bytes / 2**30:.2f} GiB for tensors"]
+    lines = [f"{about}, {use} on {device}, {memory_bytes / 2**30:,.4g} GiB for tensors"]
     if not longest:
         return f"{lines[0]}: not even N = 1 fits"
     operation, terms = contents(variant, at_length(shape, longest), phase, device)

@@ -18,6 +18,10 @@ from attnlib.sweep import Worker
 # lost between blocks; default: pieces of memory as they were first asked for.
 ALLOCATORS = ("expandable", "default")
 POOL = ("requested", "allocated", "reserved")
+SIZES = ["batch", "heads", "head_dim"]
+FOUND = ["memory_bytes", "taken_bytes", "libraries_bytes", "predicted_seq_len", "found_seq_len", "trials", "need_bytes"]
+SEARCH = [*SIZES, *FOUND, *(f"{name}_bytes" for name in (*POOL, "tried"))]  # the numbers of a row of `search`
+CELL = [*SIZES, "seq_len", "memory_bytes"]  # of a row of `cell`
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def search(case: Case, device: str) -> dict:
         low, high = (middle, high) if fits(middle) else (low, middle)
     lost = {f"{name}_bytes": seen[high].get(f"{name}_bytes") for name in (*POOL, "tried")}
     return {
-        **describe(case),
+        **name_of(case),
         **{name: seen[1][name] for name in ("memory_bytes", "taken_bytes", "libraries_bytes")},
         "predicted_seq_len": predicted,
         "found_seq_len": low,
@@ -118,7 +122,7 @@ def search(case: Case, device: str) -> dict:
     }
 
 
-def describe(case: Case) -> dict:
+def name_of(case: Case) -> dict:
     """The columns that name a case."""
     sizes = {name: size for name, size in case.shape.columns().items() if name != "seq_len"}
     return {"variant": case.variant, **sizes, "phase": case.phase, "allocator": case.allocator}
@@ -127,18 +131,22 @@ def describe(case: Case) -> dict:
 def cell(case: Case, device: str) -> dict:
     """The row of one case tried at its own shape."""
     found = in_fresh_process(case, case.shape.seq_len, device)
-    return {**describe(case), "seq_len": case.shape.seq_len, **{k: found[k] for k in ("memory_bytes", "fits")}}
+    return {**name_of(case), "seq_len": case.shape.seq_len, **{k: found[k] for k in ("memory_bytes", "fits")}}
 
 
 def side_by_side(function, cases: list[Case], device: str) -> Iterator[dict]:
-    """`function(case, device)` for each case in order, up to eight at once, as far as the free memory has room for."""
+    """`function(case, device)` for each case in order, up to eight at once, as far as the free memory has room for.
+
+    Cases that ask for more memory than is free are left out.
+    """
     with Worker() as worker:
         free = worker.call(torch.cuda.mem_get_info, device)[0]
     room, left = threading.Condition(), [free]
 
     def run(case):
-        claim = min(free, case.memory_bytes or free, 2 * need(VARIANTS[case.variant], case.shape, case.phase) + 2**30)
-        claim = claim if function is cell else min(free, case.memory_bytes or free)
+        claim = case.memory_bytes or free
+        if function is cell:  # at a shape of its own it may need less, though a pool holds more than the law says
+            claim = min(claim, 2 * need(VARIANTS[case.variant], case.shape, case.phase) + 2**30)
         with room:
             room.wait_for(lambda: left[0] >= claim)
             left[0] -= claim
@@ -150,4 +158,4 @@ def side_by_side(function, cases: list[Case], device: str) -> Iterator[dict]:
                 room.notify_all()
 
     with ThreadPoolExecutor(8) as pool:
-        yield from pool.map(run, cases)
+        yield from pool.map(run, [case for case in cases if case.memory_bytes <= free])

@@ -35,6 +35,8 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 def predicted_shortage(variant: Variant, shape: Shape) -> dict | None:
     """On the CPU, where running out of memory would take the machine down: the phase whose law exceeds what is free."""
+    if variant.law is None:
+        return None
     free = dev.memory_free("cpu")
     for phase in ("forward", "backward"):
         need = shape.input_bytes + variant.law.bytes(f"{phase}_peak", shape)
@@ -57,18 +59,18 @@ def measure(variant: Variant, shape: Shape, device: str = "cpu", budget_s: float
     if device == "cpu" and (shortage := predicted_shortage(variant, shape)):
         return {**row, "status": "oom", **shortage}
 
-    def run(q, k, v):
-        return variant.fn(q, k, v, causal=shape.causal)
+    def run(inputs):
+        return variant.fn(*inputs, causal=shape.causal)
 
-    def both(q, k, v, do):
-        return torch.autograd.grad(run(q, k, v), (q, k, v), do)
+    def both(inputs, do):
+        return torch.autograd.grad(run(inputs), inputs, do)
 
-    def backward(q, k, v, do):
-        o = run(q, k, v)
-        return lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
+    def backward(inputs, do):
+        o = run(inputs)
+        return lambda: torch.autograd.grad(o, inputs, do, retain_graph=True)
 
     def memory(backward):
-        return account(variant, *qkv, causal=shape.causal, backward=backward)
+        return account(variant, *inputs, causal=shape.causal, backward=backward)
 
     def time(phase, fn):
         return statistics(phase, dev.time_passes(fn, device, budget_s / len(PHASES)))
@@ -87,14 +89,16 @@ def measure(variant: Variant, shape: Shape, device: str = "cpu", budget_s: float
             torch.cuda.empty_cache()  # each step starts from the inputs alone, without what the last one left reserved
         return row["phase"] != phase
 
-    small = Shape(1, 1, 16, shape.head_dim, shape.dtype, shape.causal).inputs(device)
-    both(*small, torch.randn_like(small[0]))  # so that the libraries' workspaces exist before memory is counted
-    qkv = []
-    if fits("inputs", lambda: qkv.extend(shape.inputs(device)) or {}) and fits("forward", lambda: memory(False)):
+    small = variant.inputs(Shape(1, shape.heads, 16, shape.head_dim, shape.dtype, shape.causal), device)
+    both(small, torch.randn_like(small[0]))  # so that the libraries' workspaces exist before memory is counted
+    inputs = []
+    if fits("inputs", lambda: inputs.extend(variant.inputs(shape, device)) or {}) and fits(
+        "forward", lambda: memory(False)
+    ):
         trains = fits("backward", lambda: memory(True))
-        fits("forward", lambda: time("forward", lambda: run(*qkv)))
+        fits("forward", lambda: time("forward", lambda: run(inputs)))
         if trains:
-            do = torch.randn_like(qkv[0])
-            fits("backward", lambda: time("backward", backward(*qkv, do)))
-            fits("backward", lambda: time("forward_backward", lambda: both(*qkv, do)))
+            do = torch.randn_like(inputs[0])
+            fits("backward", lambda: time("backward", backward(inputs, do)))
+            fits("backward", lambda: time("forward_backward", lambda: both(inputs, do)))
     return {**row, **dev.state(device)}

@@ -189,33 +189,34 @@ class CpuAllocator:
                 highest = alive
 
 
-def observe(variant: Variant, q, k, v, *, causal: bool, backward: bool) -> CudaAllocator | CpuAllocator:
-    """One forward pass, and one backward pass if asked for, under the eyes of the allocator of q's device.
+def observe(variant: Variant, *inputs, causal: bool, backward: bool) -> CudaAllocator | CpuAllocator:
+    """One forward pass, and one backward pass if asked for, under the eyes of the allocator of the inputs' device.
 
     Its marks are "forward" and "backward". Run something small first, so that the libraries' workspaces exist. Raises
     torch.OutOfMemoryError where it does not fit.
     """
-    with (CudaAllocator if q.is_cuda else CpuAllocator)(q.device) as seen:
-        o = variant.fn(q, k, v, causal=causal)
+    device = inputs[0].device
+    with (CpuAllocator if device.type == "cpu" else CudaAllocator)(device) as seen:
+        o = variant.fn(*inputs, causal=causal)
         seen.mark("forward")
         if backward:
-            torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+            torch.autograd.grad(o, inputs, torch.randn_like(o))
             seen.mark("backward")
     return seen
 
 
-def account(variant: Variant, q, k, v, *, causal: bool, backward: bool) -> dict[str, int]:
-    """What the allocator of q's device saw in one forward pass, and in one backward pass if asked for, in bytes.
+def account(variant: Variant, *inputs, causal: bool, backward: bool) -> dict[str, int]:
+    """What the allocator of the inputs' device saw in a forward pass, and in a backward pass if asked for, in bytes.
 
     `saved_bytes`, `forward_peak_bytes`, `backward_peak_bytes` are above the inputs, as requested;
     `memory_before_backward_bytes` is all that is allocated then, inputs and library workspaces included, as published
     reports print it; `reserved_peak_bytes` is the most the allocator took from the driver (CUDA only). Raises as
     `observe` does.
     """
-    seen = observe(variant, q, k, v, causal=causal, backward=backward)
-    inputs = 0 if q.is_cuda else sum(x.nbytes for x in (q, k, v))
+    seen = observe(variant, *inputs, causal=causal, backward=backward)
+    before = sum(x.nbytes for x in inputs) if inputs[0].device.type == "cpu" else 0  # what CpuAllocator has not seen
     figures = {
-        "memory_before_backward_bytes": seen.total["forward"] + inputs,
+        "memory_before_backward_bytes": seen.total["forward"] + before,
         "saved_bytes": seen.current["forward"],
         "forward_peak_bytes": seen.peak["forward"],
     }
@@ -236,6 +237,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """The command `python -m attnlib.memory`; 0 if all is well, 1 for a mismatch or bad input."""
     from attnlib import check, fit  # they build on this module
+    from attnlib.sweep import WorkerDied
 
     parser = _Parser(prog="python -m attnlib.memory", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -259,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         shape = Shape(options.batch, options.heads, 1, options.head_dim, options.dtype, options.causal)
         phase = "forward" if options.inference else "backward"
         print(fit.describe(variant(options.variant), shape, fit.nbytes(options.memory), phase, options.device))
-    except AttnError as error:
+    except (AttnError, WorkerDied) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

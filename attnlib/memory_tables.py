@@ -1,5 +1,7 @@
 """The tables of notebook 02, each made from laws, ledgers or rows and nothing else."""
 
+import math
+
 import pandas as pd
 import sympy
 
@@ -11,11 +13,11 @@ from attnlib.results import ROOT
 from attnlib.tables import GIB, MIB, NO_FIGURE, digits, table
 
 CLAIMED = {"naive_custom": 3, "naive": 2, "naive_weights_only": 1}  # N×N tensors, by the published A800 report
-MEMORIES = {"GTX 1080": "7.9GiB", "RTX 4090": "24GiB", "L40S": "48GiB", "A100, H100": "80GB", "H200": "141GB"}
+MEMORIES = {"GTX 1080": "7.9GiB", "RTX 4090": "24GiB", "L40S": "48GiB", "A100, H100": "80GB", "H200": "139.8GiB"}
 
 
 def formula(law: Law, account: str) -> str:
-    """An account of a law in LaTeX, a line per moment and named term by term; a peak is the largest of its moments."""
+    """An account of a law in LaTeX, a line for each moment, each term named; a peak is the largest of its moments."""
     lines = []
     for operation, terms in law.moments(account).items():
         named = [rf"\underbrace{{{sympy.latex(f)}}}_{{\text{{{name}}}}}" for name, f in terms.items() if f != 0]
@@ -36,10 +38,10 @@ def alive(variant: Variant, shape: Shape, device: str):
     return table(frame, {"alive MiB": "{:,.1f}", "in N×N matrices": "{:.2f}"})
 
 
-def components(variant: Variant, shape: Shape, account: str, device: str, measured: int | None = None):
+def components(variant: Variant, shape: Shape, account: str, device: str, measured: float = math.nan, held=math.nan):
     """Every term of one account at one shape: formula, bytes, share; quadratic and linear totals; what was measured.
 
-    measured: the allocator's bytes above the inputs, or None where nothing was measured.
+    measured: the allocator's bytes above the inputs, if known; held: all that it had allocated on the device then.
     """
     law = variant.law
     operation, sizes = law.at(account, shape, device)
@@ -51,10 +53,17 @@ def components(variant: Variant, shape: Shape, account: str, device: str, measur
         for name, nbytes in {**inputs, **sizes}.items()
     ]
     quadratic = sum(nbytes for name, nbytes in sizes.items() if sympy.degree(formulas[name], N) == 2)
-    seen = NO_FIGURE if measured is None else f"{shape.input_bytes + measured:,}"
-    for name, nbytes in (("total quadratic", quadratic), ("total linear", total - quadratic), ("total", total)):
-        found.append((name, "", f"{nbytes:,}", f"{nbytes / total:.2%}"))
-    found.append(("measured", "", seen, "" if measured is None else f"{(shape.input_bytes + measured) / total:.2%}"))
+    sums = {"total quadratic": quadratic, "total linear": total - quadratic, "total predicted": total}
+    sums |= {"total measured": shape.input_bytes + measured}
+    if not math.isnan(held):
+        sums |= {
+            "cuBLAS's workspace, and rounding to blocks": held - shape.input_bytes - measured,
+            "all allocated": held,
+        }
+    for name, nbytes in sums.items():
+        known = not math.isnan(nbytes)
+        figures = (f"{int(nbytes):,}", f"{nbytes / total:.2%}") if known else (NO_FIGURE, NO_FIGURE)
+        found.append((name, "", *figures))
     return table(pd.DataFrame(found, columns=["component", "formula", "bytes", "share"]))
 
 
@@ -128,6 +137,7 @@ def frontier(rows: pd.DataFrame):
             "predicted": rows["predicted_seq_len"],
             "found": rows["found_seq_len"],
             "slack": rows["slack_bytes"] / MIB,
+            "tried": rows["tried_bytes"] / MIB,
             "rounding": rows["rounding_bytes"] / MIB,
             "holes": rows["holes_bytes"] / MIB,
         }
@@ -136,7 +146,9 @@ def frontier(rows: pd.DataFrame):
         frame = frame.drop(columns="d_model")
     if rows["dtype"].nunique() == 1:
         frame = frame.drop(columns="dtype")
-    return table(frame, {"GiB": "{:.1f}", "slack": "{:,.1f}", "rounding": "{:.3f}", "holes": "{:,.1f}"})
+    return table(
+        frame, {"GiB": "{:.1f}", "slack": "{:,.1f}", "tried": "{:,.1f}", "rounding": "{:.3f}", "holes": "{:,.1f}"}
+    )
 
 
 def cells(rows: pd.DataFrame):
@@ -168,10 +180,10 @@ def closed_forms(found: dict[str, tuple]):
     """`{source: (rows, column)}` of published tables: the smallest closed form, and how many there are."""
     lines = []
     for source, (rows, column) in found.items():
-        forms = published.closed_forms(rows, column)
-        equal = published.reproduce(rows, column, forms[0])["equal"]
+        form, forms = published.smallest(rows, column), published.closed_forms(rows, column)
+        equal = published.reproduce(rows, column, form)["equal"]
         ties = [" = ".join(tied(d)) for d in published.dependencies(rows, column)]
-        lines.append((source, text(forms[0]), f"{int(equal.sum())} of {len(equal)}", len(forms), ", ".join(ties)))
+        lines.append((source, text(form), f"{int(equal.sum())} of {len(equal)}", len(forms), ", ".join(ties)))
     return table(pd.DataFrame(lines, columns=["table", "closed form", "reproduced", "solutions", "cannot tell apart"]))
 
 

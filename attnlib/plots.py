@@ -128,8 +128,12 @@ def alive(ledgers, *, device, matrix_bytes):
 
     Each colour is one N×N tensor from birth to death, grey is everything else, the unit is one N×N matrix.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), sharey=True, layout="constrained")
-    for ax, (variant, rows) in zip(axes.flat, ledgers.items(), strict=True):
+    lines = -(-len(ledgers) // 2)
+    figure, axes = plt.subplots(
+        lines, 2, figsize=(WIDTH, 2.3 * lines), sharey=True, layout="constrained", squeeze=False
+    )
+    highest = max(row["alive_bytes"] for rows in ledgers.values() for row in rows) / matrix_bytes
+    for ax, (variant, rows) in zip(axes.flat, ledgers.items(), strict=False):
         rows = [row for row in rows if row["op"] != "return" and row["phase"] != "upstream"]
         names = list(dict.fromkeys(name for row in rows for name in row["alive"]))
         heights = {name: [row["alive"].get(name, 0) / matrix_bytes for row in rows] for name in names}
@@ -145,7 +149,7 @@ def alive(ledgers, *, device, matrix_bytes):
         ax.annotate(note, (top, bottom[top]), (0, 3), textcoords="offset points", ha="center", fontsize=8)
         ax.axvline(sum(row["phase"] == "forward" for row in rows) - 0.5, color="black", lw=0.8, ls=":")
         ax.set(title=f"{variant} · {device}", xticks=[], xlabel="operations: forward ⋮ backward")
-        ax.set_ylim(0, 7)
+        ax.set_ylim(0, 1.15 * highest)
     for ax in axes[:, 0]:
         ax.set_ylabel("alive, in N×N matrices")
     return figure

@@ -103,6 +103,13 @@ def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: dict =
     return sorted(found, key=lambda form: sum(form.values()))
 
 
+def smallest(rows: pd.DataFrame, column: str) -> dict[str, int]:
+    """The closed form with the fewest tensors. Raises AttnError if there is none, or no figures."""
+    if forms := closed_forms(rows, column):
+        return forms[0]
+    raise AttnError(f"no sum of {', '.join(TERMS)} prints every figure of {column}")
+
+
 def dependencies(rows: pd.DataFrame, column: str, terms: dict = TERMS) -> list[dict[str, int]]:
     """What `column` cannot tell apart: sums of terms that are 0 in every row, `{"S": 1, "M": -32}` for S = 32 M.
 

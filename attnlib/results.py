@@ -73,20 +73,29 @@ def machines(folder: Path) -> dict[str, dict]:
     raise AttnError(f"data/{folder.name}/machine.json is damaged: delete it and measure again")
 
 
-def rows_of(path: Path) -> pd.DataFrame:
+def rows_of(path: Path, numbers: Iterable[str] = ()) -> pd.DataFrame:
     """The rows of a CSV of data/<device>/, with the description of their machine in `.attrs["machine"]`.
 
-    Raises AttnError if it cannot be read, is empty, or holds rows of more than one machine or torch version, or of a
-    machine that machine.json does not describe.
+    Raises AttnError if it cannot be read, is empty, lacks one of the columns `numbers` or has there what is no number
+    of at least 0 (nothing is allowed), or if it holds rows of more than one machine or torch version, or of a machine
+    that machine.json does not describe.
     """
-    known, where = machines(path.parent), path.relative_to(ROOT)
-    blanks = {column: [""] for column in COLUMNS if column not in ("phase", "reason")}
+    known, where, numbers = machines(path.parent), path.relative_to(ROOT), list(numbers)
     try:
+        header = pd.read_csv(path, nrows=0).columns
+        blanks = {column: [""] for column in header if column not in ("phase", "reason")}
         rows = pd.read_csv(path, keep_default_na=False, na_values=blanks)
     except (OSError, ValueError) as error:
         raise AttnError(f"cannot read {where}: {error}") from error
-    if missing := [column for column in ("machine", "torch") if column not in rows]:
+    if missing := [column for column in ("machine", "torch", *numbers) if column not in rows]:
         raise AttnError(f"{where} lacks the column(s) {', '.join(missing)}")
+    for column in numbers:
+        figures = pd.to_numeric(rows[column], errors="coerce")
+        if (bad := (figures.isna() & rows[column].notna()) | (figures < 0)).any():
+            line = int(bad.argmax()) + 2
+            raise AttnError(
+                f"{where}, line {line}, column {column}: {rows[column][line - 2]!r} is not a number from 0 up"
+            )
     if len(rows.drop_duplicates(["machine", "torch"])) != 1:
         raise AttnError(f"{where} is empty, or holds rows of more than one machine or torch")
     if (machine := rows["machine"].iloc[0]) not in known:
@@ -176,8 +185,10 @@ class Run:
             sweep(points, path, self.machine, device=self.device, worker=self.worker, **limits)
         return load(self.folder, name)
 
-    def record(self, name: str, rows: Iterable[dict]) -> pd.DataFrame | None:
+    def record(self, name: str, rows: Iterable[dict], numbers: Iterable[str]) -> pd.DataFrame | None:
         """Any other rows, as they are produced now, or from data/<device>/<notebook number>_<name>.csv in a replay.
+
+        numbers: the columns that must be there and be numbers.
 
         The worker gives the device back first, so that all of it can be had. The file is written when all rows are
         there; a replay without that file gives None. Raises AttnError if it cannot be written, or in a replay if it is
@@ -192,7 +203,7 @@ class Run:
             frame = pd.DataFrame(rows).assign(machine=self.machine["machine"], torch=self.machine["torch"])
             self._introduce()
             write(path, frame.to_csv(index=False))
-        return rows_of(path)
+        return rows_of(path, numbers)
 
     def _known(self) -> dict[str, dict]:
         """The machines that the folder's machine.json describes, if it is there."""

@@ -20,15 +20,20 @@ class WorkerDied(Exception):
     """The worker process is gone, or failed in a way that leaves the device in doubt: it is not used any further."""
 
 
-def _serve(pipe):
-    """The worker: run what is sent, `(function, arguments)`, and send back `(error or None, result)`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which then closes the pipe
+def leave_with_parent():
+    """Let this process end when the one that started it does, and not mind an interrupt, which is for that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def leave_with_parent():
+    def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _serve(pipe):
+    """The worker: run what is sent, `(function, arguments)`, and send back `(error or None, result)`."""
+    leave_with_parent()
     while True:
         try:
             function, arguments = pipe.recv()

@@ -145,6 +145,7 @@ def build(folder: str, machine: dict, parameters: dict, only: str = ""):
     """
     if only and not any(notebook.name.startswith(f"{only}_") for notebook in NOTEBOOKS):
         raise AttnError(f"no notebook has the number {only!r}")
+        results.machine_of(folder)  # what is not measured must be there to be rebuilt
     for notebook in NOTEBOOKS:
         if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(notebook))):
             raise AttnError(f"{notebook.name} has no parameter {', '.join(unknown)}")
@@ -196,6 +197,8 @@ def main() -> int:
         if reserved := sorted({"device", "profile", "replay"} & set(given)):
             raise AttnError(f"{', '.join(reserved)} cannot be set by -p: use --device, --profile or the command replay")
         if options.command == "replay":
+            if options.only:
+                raise AttnError("--only says what to measure, and a replay measures nothing")
             folder, machine = options.device, results.machine_of(options.device)
             measured = next(name for name, p in reversed(results.PROFILES.items()) if folder.endswith(p.suffix))
             parameters = {**given, "device": folder, "profile": measured, "replay": True}

@@ -4,10 +4,11 @@ import re
 import time
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
-from attnlib import NAIVE, VARIANTS, check, fit, frontier
-from attnlib.core import AttnError, Shape
+from attnlib import NAIVE, VARIANTS, check, fit, frontier, memory_tables
+from attnlib.core import ACCOUNTS, AttnError, Shape
 from attnlib.memory import ledger, main, reached
 
 GIB = 2**30
@@ -22,9 +23,11 @@ def test_the_ledger_accounts_ten_terabytes_in_two_seconds():
 
 @pytest.mark.parametrize("seed", [7, 20261121])
 def test_random_shapes_have_no_mismatch(seed, device):
-    rows = list(check.check(check.draw(seed, 3), device))
-    assert len(rows) >= 3 * 6 * len(NAIVE) and not any(check.mismatches(row) for row in rows)
-    assert device == "cpu" or all("backward_peak_requested_bytes" in row for row in rows)
+    todo = check.cases(check.draw(seed, 3), device)
+    seen = None if device == "cpu" else pd.DataFrame(check.observe_all(todo))
+    rows = check.check(todo, seen)
+    assert len(rows) >= 3 * 6 * len(NAIVE) and not check.mismatches(rows, device)
+    assert device == "cpu" or rows[check.SEEN].notna().all(axis=None)
 
 
 def test_draws_repeat_and_differ_by_seed():
@@ -34,8 +37,62 @@ def test_draws_repeat_and_differ_by_seed():
 def test_a_wrong_law_is_reported_with_its_terms(monkeypatch):
     law = replace(VARIANTS["naive"].law, saved={"weights": VARIANTS["naive"].law.saved["weights"]})
     monkeypatch.setitem(VARIANTS, "naive", replace(VARIANTS["naive"], law=law))
-    (text,) = check.mismatches(check.compare("naive", Shape(1, 1, 10, 4), "cpu"))
+    (text,) = check.mismatches(pd.DataFrame([check.compare("naive", Shape(1, 1, 10, 4), "cpu")]), "cpu")
     assert "saved: law 400, ledger 560" in text and "{'weights': 400}" in text
+
+
+def test_the_allocator_can_contradict_and_may_be_silent():
+    todo = check.cases([Shape(1, 1, 10, 4), Shape(1, 1, 11, 4)], "cuda", ["naive"])
+    law = {f"{a}_requested_bytes": VARIANTS["naive"].law.bytes(a, todo[0][1], "cuda") for a in ACCOUNTS}
+    row = {"variant": "naive", **todo[0][1].columns(), **dict.fromkeys(check.SEEN, 0), **law}
+    silent = {"variant": "naive", **todo[1][1].columns(), **dict.fromkeys(check.SEEN)}
+    assert not check.mismatches(check.check(todo, pd.DataFrame([row, silent])), "cuda")
+    (text,) = check.mismatches(check.check(todo, pd.DataFrame([row | {"saved_requested_bytes": 1}, silent])), "cuda")
+    assert "saved: law 560, ledger 560, requested 1;" in text
+    with pytest.raises(AttnError, match="1 of 2 configurations were not measured"):
+        check.check(todo, pd.DataFrame([row]))
+
+
+def test_the_tally_counts_what_was_measured_and_what_agrees():
+    shape = Shape(1, 1, 10, 4)
+    law = {f"{a}_bytes": VARIANTS["naive"].law.bytes(a, shape, "cuda") for a in ACCOUNTS}
+    row = {"variant": "naive", **shape.columns(), **law}
+    rows = pd.DataFrame([row, row | {"saved_bytes": 561, "backward_peak_bytes": None}])
+    assert check.tally(rows, "cuda") == {"saved": (2, 1), "forward_peak": (2, 2), "backward_peak": (1, 1)}
+    assert check.tally(rows, "cpu")["saved"] == (2, 2)
+
+
+def test_slack_is_what_the_law_saw_and_holes_what_the_pool_lost():
+    sizes = {"memory_bytes": 100, "need_bytes": 90, "requested_bytes": 70, "allocated_bytes": 72, "reserved_bytes": 95}
+    found = memory_tables.slack(pd.DataFrame([sizes, sizes | {"need_bytes": 120}]))
+    assert list(found["slack_bytes"]) == [10, 0]
+    assert list(found["rounding_bytes"]) == [2, 2] and list(found["holes_bytes"]) == [23, 23]
+
+
+def test_cases_wait_for_room_and_those_without_are_left_out(monkeypatch):
+    """On a device with 10 GiB free, cases of 4 GiB run two at a time, and one of 20 GiB not at all."""
+    running, most = [], []
+
+    class Device:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def call(self, *_):
+            return (10 * GIB, 16 * GIB)
+
+    def run(case, device):
+        running.append(case)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.remove(case)
+        return case.memory_bytes
+
+    monkeypatch.setattr(frontier, "Worker", Device)
+    cases = frontier.cases(4 * GIB, ["backward"], [64]) + frontier.cases(20 * GIB, ["backward"], [64])
+    assert list(frontier.side_by_side(run, cases, "cuda")) == [4 * GIB] * len(NAIVE) and max(most) == 2
 
 
 @pytest.mark.parametrize(
@@ -46,7 +103,7 @@ def test_memory_sizes(text, size):
 
 
 @pytest.mark.parametrize(
-    "text", ["24", "GiB", "-3GiB", "0GiB", "nanGiB", "1e3GiB", "24gib", "2PiB", "24 GiB or so", ""]
+    "text", ["24", "GiB", "-3GiB", "0GiB", "nanGiB", "1e3GiB", "24gib", "2PiB", "24 GiB or so", "", "9" * 400 + "GiB"]
 )
 def test_memory_sizes_without_sense(text):
     with pytest.raises(AttnError, match="number with a unit"):
