@@ -137,6 +137,16 @@ class Law:
         return max(shape.evaluate(sum(terms.values()), device) for terms in self.moments(account).values())
 
 
+def useful_flops(shape: Shape, phase: str) -> int:
+    """The floating-point operations that attention is worth, by the convention of FlashAttention's benchmarks.
+
+    Two products over the pairs that are seen in the "forward" phase, five in "backward", where a fused kernel computes
+    QKᵀ again; a multiply-add is two. With a causal mask N(N + 1)/2 pairs are seen, else N².
+    """
+    pairs = shape.seq_len * (shape.seq_len + 1) // 2 if shape.causal else shape.seq_len**2
+    return {"forward": 4, "backward": 10}[phase] * shape.batch * shape.heads * shape.head_dim * pairs
+
+
 def dense_reach(seq_len: int, causal: bool) -> torch.Tensor:
     """`[N, N]`: how many times query i sees key j in dense attention: once, or not at all where j > i if causal."""
     ones = torch.ones(seq_len, seq_len, dtype=torch.float64)

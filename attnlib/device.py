@@ -1,6 +1,7 @@
 """The device: which one it is, how its time is taken, what state it is in, and how fast it can go at best."""
 
 import hashlib
+import os
 import platform
 import re
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 from attnlib.core import DTYPES, AttnError
@@ -125,6 +128,19 @@ def time_passes(fn, device: str, budget_s: float) -> list[float]:
 
     with torch.cuda.device(device):
         return do_bench(fn, warmup=0, rep=1e3 * span_s, return_mode="all")[:PASSES]
+
+
+def kernel(fn, device: str) -> str:
+    """The name of the kernel that one call of `fn` spends most time in; on the CPU, of PyTorch's operator."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes two lines to stderr each time
+    kind = ProfilerActivity.CPU if device == "cpu" else ProfilerActivity.CUDA
+    with profile(activities=[kind], acc_events=True) as seen:
+        fn()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+    time_of = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    events = [event for event in seen.key_averages() if device == "cpu" or event.device_type != DeviceType.CPU]
+    return max(events, key=lambda event: getattr(event, time_of)).key if events else ""
 
 
 def median(values) -> float:

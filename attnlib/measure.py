@@ -17,7 +17,7 @@ FIGURES = [
     *("memory_before_backward_bytes", "saved_bytes", "forward_peak_bytes", "backward_peak_bytes"),
     *("reserved_peak_bytes", "clock_mhz", "power_w", "temperature_c"),
 ]
-COLUMNS = [*POINT, *FIGURES, "status", "phase", "reason", "machine", "torch"]
+COLUMNS = [*POINT, *FIGURES, "status", "phase", "reason", "kernel", "machine", "torch"]
 
 
 def statistics(phase: str, times_ms: list[float]) -> dict:
@@ -51,7 +51,8 @@ def measure(variant: Variant, shape: Shape, device: str = "cpu", budget_s: float
     Each of the three is given a third of `budget_s` seconds. Backward gets a random upstream gradient and is timed with
     the graph kept, through torch.autograd.grad, so that no gradient is accumulated. Returns the point's columns, the
     figures that could be had, and `status`, `phase`, `reason`: running out of memory, or a variant that cannot run
-    there, is a result, not an error. A forward pass that fits is timed though backward does not.
+    there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel` is the name
+    of what ran longest in it: of a pinned backend, its kernel.
     """
     row = {"variant": variant.name, **shape.columns(), "status": "ok", "phase": "", "reason": ""}
     if reason := variant.needs(shape, device):
@@ -97,6 +98,7 @@ def measure(variant: Variant, shape: Shape, device: str = "cpu", budget_s: float
     ):
         trains = fits("backward", lambda: memory(True))
         fits("forward", lambda: time("forward", lambda: run(inputs)))
+        fits("forward", lambda: {"kernel": dev.kernel(lambda: run(inputs), device)})
         if trains:
             do = torch.randn_like(inputs[0])
             fits("backward", lambda: time("backward", backward(inputs, do)))

@@ -83,7 +83,7 @@ def rows_of(path: Path, numbers: Iterable[str] = ()) -> pd.DataFrame:
     known, where, numbers = machines(path.parent), path.relative_to(ROOT), list(numbers)
     try:
         header = pd.read_csv(path, nrows=0).columns
-        blanks = {column: [""] for column in header if column not in ("phase", "reason")}
+        blanks = {column: [""] for column in header if column not in ("phase", "reason", "kernel")}
         rows = pd.read_csv(path, keep_default_na=False, na_values=blanks)
     except (OSError, ValueError) as error:
         raise AttnError(f"cannot read {where}: {error}") from error
@@ -122,6 +122,8 @@ def load(device: str, name: str) -> pd.DataFrame:
     """
     path = ROOT / "data" / device / f"{name}.csv"
     rows, where = rows_of(path), path.relative_to(ROOT)
+    if "kernel" not in rows:  # rows measured before kernels were named
+        rows["kernel"] = ""
     if missing := [column for column in COLUMNS if column not in rows]:
         raise AttnError(f"{where} lacks the column(s) {', '.join(missing)}")
     for number, row in enumerate(rows.astype(object).where(rows.notna(), "").to_dict("records"), 2):
@@ -175,13 +177,16 @@ class Run:
                 self.machine["ceilings"] = self._known().get(self.machine["machine"], {}).get("ceilings", {})
         self.on_cpu = self.machine["kind"] == "cpu"
 
-    def sweep(self, name: str, points: list[tuple[Variant, Shape]]) -> pd.DataFrame:
-        """The rows of data/<device>/<notebook number>_<name>.csv: measured now, or loaded if this is a replay."""
+    def sweep(self, name: str, points: list[tuple[Variant, Shape]], budget_s: float | None = None) -> pd.DataFrame:
+        """The rows of data/<device>/<notebook number>_<name>.csv: measured now, or loaded if this is a replay.
+
+        budget_s: seconds of timing for each point, where it is not the profile's.
+        """
         name = f"{self.notebook[:2]}_{name}"
         if not self.replay:
             self._introduce()
             path = ROOT / "data" / self.folder / f"{name}.csv"
-            limits = {"budget_s": self.profile.budget_s, "timeout_s": self.profile.timeout_s}
+            limits = {"budget_s": budget_s or self.profile.budget_s, "timeout_s": self.profile.timeout_s}
             sweep(points, path, self.machine, device=self.device, worker=self.worker, **limits)
         return load(self.folder, name)
 

@@ -6,7 +6,7 @@ from agreement import disagreement, timers
 
 from attnlib import VARIANTS
 from attnlib import device as dev
-from attnlib.core import Shape
+from attnlib.core import Shape, useful_flops
 from attnlib.measure import measure, statistics
 
 
@@ -38,6 +38,22 @@ def test_at_most_a_hundred_passes_and_at_least_one(device):
     x = torch.ones(64, device=device)
     assert 1 <= len(dev.time_passes(lambda: x + 1, device, 1.0)) <= 100
     assert len(dev.time_passes(lambda: x + 1, device, 1e-9)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "cpu", "cuda"),
+    [("sdpa_flash", "flash_attention_for_cpu", "flash_fwd"), ("sdpa_math", "bmm", "gemm"), ("naive", "bmm", "gemm")],
+)
+def test_a_row_names_the_kernel_that_ran(name, cpu, cuda, device):
+    row = measure(VARIANTS[name], Shape(1, 2, 512, 128, "float16" if device == "cuda" else "float32"), device, 0.1)
+    assert (cpu if device == "cpu" else cuda) in row["kernel"]
+
+
+@pytest.mark.parametrize(("causal", "pairs"), [(False, 25), (True, 15)])
+def test_useful_operations_are_those_of_the_pairs_that_are_seen(causal, pairs):
+    shape = Shape(2, 3, 5, 7, causal=causal)
+    assert useful_flops(shape, "forward") == 4 * 2 * 3 * 7 * pairs
+    assert useful_flops(shape, "backward") == 2.5 * useful_flops(shape, "forward")
 
 
 def test_measure_one_point(device):

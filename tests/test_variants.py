@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attnlib import VARIANTS, variant
+from attnlib.accuracy import RESULTS, draw, errors, results
 from attnlib.core import DTYPES, AttnError, Shape, dense_reach, oracle
 
 SHAPES = [(1, 1, 1, 1), (2, 1, 2, 3), (1, 2, 63, 1), (2, 3, 111, 17), (1, 1, 1000, 64), (3, 1, 1, 8), (2, 3, 111, 32)]
@@ -16,14 +17,6 @@ def reference(q, k, v, causal):
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     bias = dense_reach(q.shape[-2], causal).log().to(q)
     return torch.softmax(scores + bias, dim=-1) @ v
-
-
-def results(fn, qkv, do):
-    """Output and gradients of `fn`, in float64 on the CPU."""
-    leaves = [x.detach().clone().requires_grad_() for x in qkv]
-    o = fn(*leaves)
-    grads = torch.autograd.grad(o, leaves, do.to(o.dtype))
-    return [x.detach().double().cpu() for x in (o, *grads)]
 
 
 class FromOutput(torch.autograd.Function):
@@ -58,21 +51,19 @@ def test_equals_the_oracle(name, dtype, causal, size, device):
         pytest.skip(reason)
     reach = VARIANTS[name].reach(shape.seq_len, causal).to(device)
     draws = min(50, max(1, 40_000 // math.prod(size)))
-    errors = {"exact": [0.0] * 4, "plain": [0.0] * 4, "other": [0.0] * 4, "found": [0.0] * 4}
+    squares = {"exact": [0.0] * 4, "plain": [0.0] * 4, "other": [0.0] * 4, "found": [0.0] * 4}
     for seed in range(draws):
-        qkv = shape.inputs(device, seed)
-        do = torch.randn(qkv[0].shape, generator=torch.Generator(device).manual_seed(seed + 99), device=device)
-        do = do.to(DTYPES[dtype])
-        exact = results(lambda q, k, v: oracle(q, k, v, reach), qkv, do)
+        qkv, do = draw(shape, device, seed)
+        exact = results(lambda q, k, v: oracle(q, k, v, reach), [x.double() for x in qkv], do)
         plain = results(lambda q, k, v: reference(q, k, v, causal), qkv, do)
         other = results(lambda q, k, v: FromOutput.apply(q, k, v, causal), qkv, do)
         found = results(lambda q, k, v: VARIANTS[name].fn(q, k, v, causal=causal), qkv, do)
         for i, want in enumerate(exact):
-            errors["exact"][i] += want.norm().item() ** 2
+            squares["exact"][i] += want.norm().item() ** 2
             for way, got in (("plain", plain), ("other", other), ("found", found)):
-                errors[way][i] += (got[i] - want).norm().item() ** 2
+                squares[way][i] += (got[i] - want).norm().item() ** 2
     rounding = torch.finfo(DTYPES[dtype]).eps / 2
-    for what, size2, plain2, other2, found2 in zip(("o", "dq", "dk", "dv"), *errors.values(), strict=True):
+    for what, size2, plain2, other2, found2 in zip(RESULTS, *squares.values(), strict=True):
         assert found2 <= max(4 * plain2, 4 * other2, rounding**2 * size2), what
 
 
@@ -97,3 +88,10 @@ def test_shape_refuses_nonsense(size):
 def test_unknown_variant_is_refused():
     with pytest.raises(AttnError, match="naive_custom"):
         variant("flash9")
+
+
+def test_errors_are_relative_to_the_oracle():
+    shape = Shape(1, 2, 40, 8, "bfloat16", True)
+    found = errors(VARIANTS["naive"], shape)
+    assert set(found) == set(RESULTS) and all(0 < error < 0.02 for error in found.values())
+    assert all(error < 1e-6 for error in errors(VARIANTS["naive"], Shape(1, 2, 40, 8)).values())
