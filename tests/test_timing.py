@@ -40,13 +40,10 @@ def test_at_most_a_hundred_passes_and_at_least_one(device):
     assert len(dev.time_passes(lambda: x + 1, device, 1e-9)) >= 1
 
 
-@pytest.mark.parametrize(
-    ("name", "cpu", "cuda"),
-    [("sdpa_flash", "flash_attention_for_cpu", "flash_fwd"), ("sdpa_math", "bmm", "gemm"), ("naive", "bmm", "gemm")],
-)
-def test_a_row_names_the_kernel_that_ran(name, cpu, cuda, device):
-    row = measure(VARIANTS[name], Shape(1, 2, 512, 128, "float16" if device == "cuda" else "float32"), device, 0.1)
-    assert (cpu if device == "cpu" else cuda) in row["kernel"]
+def test_a_row_names_the_kernel_that_ran(device):
+    shape = Shape(1, 2, 512, 64, "float16" if device == "cuda" else "float32")
+    row = measure(VARIANTS["sdpa_flash"], shape, device, budget_s=0.1)
+    assert {"cpu": "flash_attention_for_cpu", "cuda": "flash_fwd"}[device] in row["kernel"]
 
 
 @pytest.mark.parametrize(("causal", "pairs"), [(False, 25), (True, 15)])
