@@ -83,8 +83,13 @@ def options(shape: Shape, memory_bytes: int, device: str = "cuda") -> pd.DataFra
 def describe(variant: Variant, shape: Shape, memory_bytes: int, phase: str, device: str = "cuda") -> str:
     """What fits, in words and a table: the largest N, what fills the memory there, and which variant gets further.
 
-    Inference is a forward pass that still records a graph; under torch.no_grad a little more may fit.
+    Inference is a forward pass that still records a graph; under torch.no_grad a little more may fit. Raises AttnError
+    for a variant that has no law or does not take such shapes.
     """
+    if not variant.law:
+        raise AttnError(f"{variant.name} has no law: what it needs depends on what runs underneath")
+    if reason := variant.needs(at_length(shape, 2), device):
+        raise AttnError(f"{variant.name} cannot run there: {reason}")
     use = next(use for use, named in USES.items() if named == phase)
     mask = ", causal" if shape.causal else ""
     about = f"{variant.name}, batch {shape.batch}, heads {shape.heads}, head_dim {shape.head_dim}, {shape.dtype}{mask}"

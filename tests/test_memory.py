@@ -167,6 +167,8 @@ def test_fit_says_what_fits_and_what_goes_further(capsys):
     assert main([*FIT, "--inference", "--dtype", "float16", "--causal", "--device", "cpu"]) == 0
     assert main(["fit", "--memory", "1KB", "--variant", "naive", "--batch", "9", "--head-dim", "64"]) == 0
     assert "not even N = 1 fits" in capsys.readouterr().out
+    assert main([*FIT, "--variant", "sdpa_flash", "--dtype", "bfloat16"]) == 0
+    assert "log-sum-exp" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -183,6 +185,9 @@ def test_fit_says_what_fits_and_what_goes_further(capsys):
         [*FIT, "--memory", "24"],
         [*FIT, "--memory", "9PiB"],
         [*FIT, "--variant", "flash"],
+        [*FIT, "--variant", "sdpa_default"],
+        [*FIT, "--variant", "sdpa_flash"],
+        [*FIT, "--variant", "sdpa_cudnn", "--dtype", "bfloat16", "--head-dim", "12"],
         [*FIT, "--dtype", "int8"],
         [*FIT, "--batch", "0"],
         [*FIT, "--batch", "-8"],
