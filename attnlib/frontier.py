@@ -14,9 +14,6 @@ from attnlib.measure import out_of_memory
 from attnlib.memory import observe
 from attnlib.sweep import Worker
 
-# expandable: the pool is one growing range of addresses whose free pages can be given back, so that hardly any space is
-# lost between blocks; default: pieces of memory as they were first asked for.
-ALLOCATORS = ("expandable", "default")
 POOL = ("requested", "allocated", "reserved")
 SIZES = ["batch", "heads", "head_dim"]
 FOUND = ["memory_bytes", "taken_bytes", "libraries_bytes", "predicted_seq_len", "found_seq_len", "trials", "need_bytes"]
@@ -26,7 +23,11 @@ CELL = [*SIZES, "seq_len", "memory_bytes"]  # of a row of `cell`
 
 @dataclass(frozen=True)
 class Case:
-    """A frontier to look for: its `shape` without regard to N, the phase, the memory (0 for all there is), the pool."""
+    """A frontier to look for: its `shape` without regard to N, the phase, the memory (0 for all there is), the pool.
+
+    allocator: "expandable", where the pool is one growing range of addresses whose free pages can be given back, or
+    "default", where it is made of pieces as they were first asked for.
+    """
 
     variant: str
     shape: Shape
