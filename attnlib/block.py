@@ -39,4 +39,5 @@ def block_inputs(shape: Shape, device="cpu", seed=0) -> tuple[torch.Tensor, ...]
 
 def in_block(variant: Variant) -> Variant:
     """The variant inside a block, under its own name. What is known of its memory holds for the attention alone."""
-    return replace(variant, fn=partial(block, variant.fn), inputs=block_inputs, law=None, traffic=None, ledgered=False)
+    fn = partial(block, variant.fn)
+    return replace(variant, fn=fn, inputs=block_inputs, inner=variant, law=None, traffic=None, ledgered=False)

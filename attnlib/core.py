@@ -178,6 +178,7 @@ class Variant:
     None`, or the reason why it cannot run there. traced: `(q, k, v, *, causal, device) -> o`, what the ledger runs in
     its place where fn leaves the choice of an operator to the tensors' device, and tensors without data have none.
     ledgered: whether a ledger can run it. inputs: `(shape, device) -> tensors`, what fn takes, the first of o's shape.
+    inner: the attention inside, where fn is more than that.
     """
 
     name: str
@@ -190,6 +191,7 @@ class Variant:
     traced: Callable | None = None
     ledgered: bool = True
     inputs: Callable = Shape.inputs
+    inner: "Variant | None" = None
 
 
 def oracle(q, k, v, reach):

@@ -1,19 +1,33 @@
-"""Which of two variants is faster, and how sure we are: runs that alternate, ratios, and their confidence intervals."""
+"""Which of several variants is faster, and how sure we are: runs that take turns, ratios, and confidence intervals.
 
+What is compared alternates, in an order drawn for each round, so that a clock that sags slows all alike. An interval is
+a bootstrap over batches, each with inputs of its own, and over the rounds within them (Efron and Tibshirani 1993, "An
+Introduction to the Bootstrap", chapter 13), so that it holds for another run and not for this one alone.
+"""
+
+import math
 import random
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
 import torch
 
-from attnlib.core import Shape, Variant
+from attnlib import VARIANTS
+from attnlib import device as dev
+from attnlib.core import Shape, Variant, useful_flops
+from attnlib.sweep import Worker
 
-BATCHES, DRAWS = 5, 2000
+BATCHES, DRAWS = 5, 1000
+LEVEL = 0.99  # of the intervals: a table of a few dozen shall hold as a whole
 L2_BYTES = 256 * 2**20  # what is overwritten before each pass, more than any cache holds, as triton's do_bench does
+RATIO = ["ratio", "low", "high"]
+DUEL = ["batch", "heads", "seq_len", "head_dim", "first_ms", "second_ms", *RATIO, "rounds"]  # numbers of a duel's row
+RACE = ["seq_len", "head_dim", "ms", "do_bench_ms", "gemm_ms", "share", "of_default", "of_default_low"]  # of a race's
 
 
-def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int):
+def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -> Callable:
     """A function that runs one forward pass, or one backward pass of a forward pass done before."""
     q, k, v = shape.inputs(device, seed)
     if phase == "forward":
@@ -49,45 +63,128 @@ def milliseconds(functions, rounds: int, device: str) -> np.ndarray:
     return times
 
 
+def batches(functions: Callable[[int], list], device: str, budget_s: float) -> list[np.ndarray]:
+    """`milliseconds` of `functions(seed)` for BATCHES seeds, in about `budget_s` seconds, at least five rounds each."""
+    found = []
+    for seed in range(BATCHES):
+        contestants = functions(seed)
+        milliseconds(contestants, 2, device)  # warm-up
+        begun = time.perf_counter()
+        milliseconds(contestants, 2, device)
+        one = (time.perf_counter() - begun) / 2
+        found.append(milliseconds(contestants, int(min(50, max(5, budget_s / BATCHES / one))), device))
+    return found
+
+
+def interval(samples: list[np.ndarray], seed: int = 0) -> tuple[float, float]:
+    """The LEVEL confidence interval of the median over batches: batches drawn with replacement, then within each."""
+    draw = np.random.default_rng(seed)
+    medians = []
+    for _ in range(DRAWS):
+        picked = [samples[i] for i in draw.integers(len(samples), size=len(samples))]
+        medians.append(np.median(np.concatenate([draw.choice(batch, size=len(batch)) for batch in picked])))
+    return tuple(float(x) for x in np.quantile(medians, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+
+
+def ratio(times: list[np.ndarray], first: int, second: int) -> dict[str, float]:
+    """RATIO: the median of the ratios of calls made in the same round, time of `first` over time of `second`."""
+    ratios = [batch[:, first] / batch[:, second] for batch in times]
+    return dict(zip(RATIO, (float(np.median(np.concatenate(ratios))), *interval(ratios)), strict=True))
+
+
+def medians(times: list[np.ndarray]) -> list[float]:
+    """The median time of each contestant over all batches."""
+    return [float(x) for x in np.median(np.concatenate(times), axis=0)]
+
+
 def duel(first: Variant, second: Variant, shape: Shape, device: str, phase: str, budget_s: float = 1.0) -> dict:
     """How many times as long `first` takes as `second` at `shape` in `phase`, "forward" or "backward".
 
-    Columns: the shape's, `phase, first, second, first_ms, second_ms` (medians), `ratio` (median of the ratios of calls
-    made in the same round), `low` and `high` (its 95 % confidence interval), `rounds`. The interval is a bootstrap over
-    BATCHES batches, each with inputs of its own, and over the rounds within them, so that it holds for another run and
-    not for this one alone (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13).
+    Columns: the shape's, `phase, first, second, first_ms, second_ms` (medians), RATIO, `rounds`.
     """
-    ratios, medians = [], []
-    for seed in range(BATCHES):
-        functions = [passes(variant, shape, device, phase, seed) for variant in (first, second)]
-        begun = time.perf_counter()
-        milliseconds(functions, 3, device)  # warm-up, and an estimate
-        one = (time.perf_counter() - begun) / 3
-        times = milliseconds(functions, int(min(50, max(5, budget_s / BATCHES / one))), device)
-        ratios.append(times[:, 0] / times[:, 1])
-        medians.append(np.median(times, axis=0))
-    low, high = interval(ratios)
-    first_ms, second_ms = np.median(medians, axis=0)
-    return {
-        **shape.columns(),
-        **{"phase": phase, "first": first.name, "second": second.name, "first_ms": first_ms, "second_ms": second_ms},
-        **{"ratio": float(np.median(np.concatenate(ratios))), "low": low, "high": high},
-        "rounds": sum(map(len, ratios)),
-    }
+    times = batches(lambda seed: [passes(v, shape, device, phase, seed) for v in (first, second)], device, budget_s)
+    first_ms, second_ms = medians(times)
+    names = {"phase": phase, "first": first.name, "second": second.name, "first_ms": first_ms, "second_ms": second_ms}
+    return {**shape.columns(), **names, **ratio(times, 0, 1), "rounds": sum(map(len, times))}
 
 
-def interval(batches: list[np.ndarray], seed: int = 0) -> tuple[float, float]:
-    """The 95 % confidence interval of the median over batches: batches drawn with replacement, then within each."""
-    draw = np.random.default_rng(seed)
+def duels(pairs: list[tuple], device: str, budget_s: float) -> Iterator[dict]:
+    """`duel` for each of `(first, second, shape, phase)`, twice over: `run` 1 and, in a process of its own, `run` 2."""
+    for run in (1, 2):
+        with Worker() as worker:
+            for first, second, shape, phase in pairs:
+                yield worker.call(duel, first, second, shape, device, phase, budget_s) | {"run": run}
+
+
+def race(shape: Shape, device: str, phase: str, names: list[str], budget_s: float) -> list[dict]:
+    """All of `names`, of which sdpa_default is one, and a matrix product of the same dtype, taking turns.
+
+    A row each: the shape's columns, `phase, variant, kernel`; `ms`; `gemm_ms`; `share`, its rate of useful operations
+    over the product's; `of_default`, how many times as fast as sdpa_default it is, with `_low` and `_high`; and, as
+    the reference for the clock, `do_bench_ms` on CUDA: triton's do_bench on the same call.
+    """
+    flops = useful_flops(shape, phase)
+    product, product_flops = dev.gemm(device, shape.dtype)
+    variants = [VARIANTS[name] for name in names]
+
+    def contestants(seed):
+        return [product, *(passes(variant, shape, device, phase, seed) for variant in variants)]
+
+    times = batches(contestants, device, budget_s)
+    gemm_ms, *each_ms = medians(times)
+    default, found = 1 + names.index("sdpa_default"), []
+    for place, (variant, ms) in enumerate(zip(variants, each_ms, strict=True), 1):
+        call = passes(variant, shape, device, phase, 0)
+        against = {f"of_default{end}": x for end, x in zip(("", "_low", "_high"), ratio(times, default, place).values())}
+        share = flops / ms / (product_flops / gemm_ms)
+        row = {**shape.columns(), "phase": phase, "variant": variant.name, "kernel": dev.kernel(call, device)}
+        row |= {"ms": ms, "gemm_ms": gemm_ms, "gemm_tflop_s": product_flops / gemm_ms / 1e9, "share": share, **against}
+        found.append(row | {"do_bench_ms": None if device == "cpu" else reference_ms(call)})
+    return found
+
+
+def reference_ms(fn) -> float:
+    """The median time of `fn` by triton's do_bench, called as its documentation shows."""
+    from triton.testing import do_bench
+
+    return do_bench(fn, return_mode="median")
+
+
+def races(shapes: list[Shape], device: str, candidates: list[str], budget_s: float) -> Iterator[dict]:
+    """The rows of `race` at each shape, forward and backward, among those of `candidates` that run there."""
+    with Worker() as worker:
+        for shape in shapes:
+            names = [name for name in candidates if not worker.call(VARIANTS[name].needs, shape, device)]
+            for phase in ("forward", "backward"):
+                yield from worker.call(race, shape, device, phase, names, budget_s)
+
+
+def crossing(lengths, values) -> float:
+    """The N from which on all values exceed one: between two lengths by a straight line through log(value) over log N.
+
+    The shortest length if that is so everywhere, infinity if it is not so at the longest.
+    """
+    points = sorted(zip(lengths, values, strict=True), reverse=True)
+    if points[0][1] <= 1:
+        return math.inf
+    for (n, value), (below, at_below) in zip(points, points[1:], strict=False):
+        if at_below <= 1:
+            share = math.log(value) / math.log(value / at_below)
+            return math.exp(math.log(n) - share * math.log(n / below))
+    return float(points[-1][0])
+
+
+def crossings(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each dtype, head_dim, phase and run of `duels`: `seq_len`, from which on `second` wins, between `low` and
+    `high`, where the whole interval of the ratio says so; `shortest` and `longest` lengths tried, `least` and `most`
+    of the ratio there."""
     found = []
-    for _ in range(DRAWS):
-        picked = [batches[i] for i in draw.integers(len(batches), size=len(batches))]
-        found.append(np.median(np.concatenate([draw.choice(batch, size=len(batch)) for batch in picked])))
-    return tuple(float(x) for x in np.quantile(found, [0.025, 0.975]))
-
-
-def wins_from(rows: pd.DataFrame) -> int | None:
-    """The smallest N from which on `second` is faster at every length of `rows`, the whole interval above one."""
-    ordered = rows.sort_values("seq_len", ascending=False)
-    won = ordered[(ordered["low"] > 1).cummin()]
-    return int(won["seq_len"].min()) if len(won) else None
+    for names, cell in rows.groupby(["dtype", "head_dim", "phase", "run"], sort=False):
+        cell = cell.sort_values("seq_len")
+        at, high, low = (crossing(cell["seq_len"], cell[column]) for column in ("ratio", "low", "high"))
+        ends = {"shortest": cell["seq_len"].iloc[0], "longest": cell["seq_len"].iloc[-1]}
+        ends |= {"least": cell["ratio"].iloc[0], "most": cell["ratio"].iloc[-1]}
+        keys = dict(zip(("dtype", "head_dim", "phase", "run"), names, strict=True))
+        found.append({**keys, "first": cell["first"].iloc[0], "second": cell["second"].iloc[0]})
+        found[-1] |= {"seq_len": at, "low": low, "high": high, **ends}
+    return pd.DataFrame(found)

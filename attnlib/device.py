@@ -147,6 +147,13 @@ def median(values) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
 
 
+def gemm(device: str, dtype: str):
+    """A square matrix product on random data, as a function to call, and its floating-point operations."""
+    size = 512 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+    return lambda: a @ b, 2 * size**3
+
+
 def ceilings(device: str, budget_s: float = 0.3) -> dict:
     """How fast the device goes at best, as measured now; three numbers explain most of what attention costs.
 
@@ -176,8 +183,7 @@ def ceilings(device: str, budget_s: float = 0.3) -> dict:
         # the loops bind this round's tensors: each is called before the next round
         found["copy_gb_s"][nbytes] = moved / seconds(lambda: repeat(lambda: target.copy_(source), repeats))  # noqa: B023
         found["clone_gb_s"][nbytes] = moved / seconds(lambda: repeat(lambda: source.clone(), repeats))  # noqa: B023
-    size = 512 if device == "cpu" else 8192
-    for name, dtype in DTYPES.items():
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found["gemm_tflop_s"][name] = 2 * size**3 / seconds(lambda: a @ b) / 1e12  # noqa: B023
+    for name in DTYPES:
+        product, flops = gemm(device, name)
+        found["gemm_tflop_s"][name] = flops / seconds(product) / 1e12
     return found

@@ -52,7 +52,7 @@ def measure(variant: Variant, shape: Shape, device: str = "cpu", budget_s: float
     the graph kept, through torch.autograd.grad, so that no gradient is accumulated. Returns the point's columns, the
     figures that could be had, and `status`, `phase`, `reason`: running out of memory, or a variant that cannot run
     there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel` is the name
-    of what ran longest in it: of a pinned backend, its kernel.
+    of what ran longest in the attention: of a pinned backend, its kernel.
     """
     row = {"variant": variant.name, **shape.columns(), "status": "ok", "phase": "", "reason": ""}
     if reason := variant.needs(shape, device):
@@ -72,6 +72,11 @@ def measure(variant: Variant, shape: Shape, device: str = "cpu", budget_s: float
 
     def memory(backward):
         return account(variant, *inputs, causal=shape.causal, backward=backward)
+
+    def kernel():
+        attention = variant.inner or variant
+        alone = attention.inputs(shape, device)
+        return {"kernel": dev.kernel(lambda: attention.fn(*alone, causal=shape.causal), device)}
 
     def time(phase, fn):
         return statistics(phase, dev.time_passes(fn, device, budget_s / len(PHASES)))
@@ -98,7 +103,7 @@ def measure(variant: Variant, shape: Shape, device: str = "cpu", budget_s: float
     ):
         trains = fits("backward", lambda: memory(True))
         fits("forward", lambda: time("forward", lambda: run(inputs)))
-        fits("forward", lambda: {"kernel": dev.kernel(lambda: run(inputs), device)})
+        fits("forward", kernel)
         if trains:
             do = torch.randn_like(inputs[0])
             fits("backward", lambda: time("backward", backward(inputs, do)))

@@ -1,6 +1,7 @@
 """Two accounts of what a variant does: the ledger, written without running it, and the allocator's, taken as it ran."""
 
 import argparse
+import gc
 import os
 import sys
 import weakref
@@ -195,13 +196,18 @@ def observe(variant: Variant, *inputs, causal: bool, backward: bool) -> CudaAllo
     Its marks are "forward" and "backward". Run something small first, so that the libraries' workspaces exist. Raises
     torch.OutOfMemoryError where it does not fit.
     """
-    device = inputs[0].device
-    with (CpuAllocator if device.type == "cpu" else CudaAllocator)(device) as seen:
-        o = variant.fn(*inputs, causal=causal)
-        seen.mark("forward")
-        if backward:
-            torch.autograd.grad(o, inputs, torch.randn_like(o))
-            seen.mark("backward")
+    device, collecting = inputs[0].device, gc.isenabled()
+    gc.disable()  # garbage of earlier runs must not be freed under our eyes
+    try:
+        with (CpuAllocator if device.type == "cpu" else CudaAllocator)(device) as seen:
+            o = variant.fn(*inputs, causal=causal)
+            seen.mark("forward")
+            if backward:
+                torch.autograd.grad(o, inputs, torch.randn_like(o))
+                seen.mark("backward")
+    finally:
+        if collecting:
+            gc.enable()
     return seen
 
 

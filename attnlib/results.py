@@ -158,7 +158,7 @@ class Run:
     """One notebook on one device: where its rows come from, and where its figures and claims go.
 
     `device` is "auto", "cpu", "cuda" or "cuda:1", measured now; with `replay` it is a folder of data/ and nothing is
-    measured. ceilings: measure the device's ceilings, else those are kept that this machine had before. Raises
+    measured. ceilings: measure the device's ceilings anew, else only if this machine had none before. Raises
     AttnError for an unknown device or profile, or a folder without data.
     """
 
@@ -171,10 +171,9 @@ class Run:
             self.device, self.worker = dev.resolve(device), Worker()
             self.machine = self.worker.call(dev.describe, self.device)
             self.folder = self.machine["slug"] + self.profile.suffix
-            if ceilings:
-                self.machine["ceilings"] = self.worker.call(dev.ceilings, self.device)
-            else:
-                self.machine["ceilings"] = self._known().get(self.machine["machine"], {}).get("ceilings", {})
+            known = self._known().get(self.machine["machine"], {}).get("ceilings")
+            anew = ceilings or not known
+            self.machine["ceilings"] = self.worker.call(dev.ceilings, self.device) if anew else known
         self.on_cpu = self.machine["kind"] == "cpu"
 
     def sweep(self, name: str, points: list[tuple[Variant, Shape]], budget_s: float | None = None) -> pd.DataFrame:

@@ -17,6 +17,8 @@ from attnlib.core import AttnError, Phases, Variant, older_than
 from attnlib.naive import MATMUL
 
 aten = torch.ops.aten
+NO_FA2 = "needs the package flash-attn: pip install flash-attn --no-build-isolation"
+NO_FA4 = "needs the package flash-attn-4: pip install --pre flash-attn-4"
 
 
 def pinned(backend, q, k, v, causal):
@@ -57,15 +59,21 @@ def sdpa_default(q, k, v, *, causal=False):
 
 
 def fa2(q, k, v, *, causal=False):
-    """o `[B, H, N, D]`, by the package flash-attn (FlashAttention-2)."""
-    from flash_attn import flash_attn_func
+    """o `[B, H, N, D]`, by the package flash-attn (FlashAttention-2). Raises AttnError where it is not installed."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        raise AttnError(NO_FA2) from None
 
     return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal).transpose(1, 2)
 
 
 def fa4(q, k, v, *, causal=False):
-    """o `[B, H, N, D]`, by the package flash-attn-4 (FlashAttention-4)."""
-    from flash_attn.cute import flash_attn_func
+    """o `[B, H, N, D]`, by the package flash-attn-4 (FlashAttention-4). Raises AttnError where it is not installed."""
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError:
+        raise AttnError(NO_FA4) from None
 
     return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal)[0].transpose(1, 2)
 
@@ -118,9 +126,11 @@ def needs_efficient(shape, device):
 
 
 def needs_cudnn(shape, device):
-    """cuDNN's kernel takes half types, D in multiples of 8 up to 128, and more than one key."""
-    wide = shape.head_dim % 8 or shape.head_dim > 128
-    refused = "cuDNN's kernel takes head_dim in multiples of 8 up to 128" if wide else None
+    """cuDNN's kernel takes half types, D in multiples of 8 up to 128 (on Hopper 256), and more than one key."""
+    gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    widest = 256 if not gpu or torch.cuda.get_device_capability(device) == (9, 0) else 128
+    wide = shape.head_dim % 8 or shape.head_dim > widest
+    refused = f"cuDNN's kernel takes head_dim in multiples of 8 up to {widest}" if wide else None
     single = "cuDNN's kernel takes more than one key" if shape.seq_len == 1 else None
     return only_cuda(shape, device, HALF, (8, 0), "cuDNN's kernel") or refused or single
 
@@ -128,14 +138,14 @@ def needs_cudnn(shape, device):
 def needs_fa2(shape, device):
     """The package flash-attn has to be there."""
     if not importlib.util.find_spec("flash_attn") or not importlib.util.find_spec("flash_attn_2_cuda"):
-        return "needs the package flash-attn: pip install flash-attn --no-build-isolation"
+        return NO_FA2
     return only_cuda(shape, device, HALF, (8, 0), "FlashAttention-2") or needs_flash(shape, device)
 
 
 def needs_fa4(shape, device):
     """The package flash-attn-4 has to be there; on Hopper it takes half types and D in multiples of 8 up to 256."""
     if not importlib.util.find_spec("flash_attn") or not importlib.util.find_spec("flash_attn.cute"):
-        return "needs the package flash-attn-4: pip install --pre flash-attn-4"
+        return NO_FA4
     wide = "FlashAttention-4 takes head_dim in multiples of 8 up to 256" if shape.head_dim % 8 else None
     return only_cuda(shape, device, HALF, (9, 0), "FlashAttention-4") or wide
 

@@ -54,7 +54,7 @@ def test_a_kernel_that_is_not_there_errs_instead_of_falling_back(name):
         ("sdpa_efficient", Shape(1, 1, 64, 12, "bfloat16")),
         ("sdpa_efficient", Shape(1, 1, 64, 6)),
         ("sdpa_cudnn", Shape(1, 1, 64, 64)),
-        ("sdpa_cudnn", Shape(1, 1, 64, 136, "float16")),
+        ("sdpa_cudnn", Shape(1, 1, 64, 264, "float16")),
         ("sdpa_cudnn", Shape(1, 1, 64, 12, "float16")),
     ],
     ids=str,
