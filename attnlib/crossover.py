@@ -135,10 +135,11 @@ def race(shape: Shape, device: str, phase: str, names: list[str], budget_s: floa
     default, found = 1 + names.index("sdpa_default"), []
     for place, (variant, ms) in enumerate(zip(variants, each_ms, strict=True), 1):
         call = passes(variant, shape, device, phase, 0)
-        against = {f"of_default{end}": x for end, x in zip(("", "_low", "_high"), ratio(times, default, place).values())}
+        won, low, high = ratio(times, default, place).values()
         share = flops / ms / (product_flops / gemm_ms)
         row = {**shape.columns(), "phase": phase, "variant": variant.name, "kernel": dev.kernel(call, device)}
-        row |= {"ms": ms, "gemm_ms": gemm_ms, "gemm_tflop_s": product_flops / gemm_ms / 1e9, "share": share, **against}
+        row |= {"ms": ms, "gemm_ms": gemm_ms, "gemm_tflop_s": product_flops / gemm_ms / 1e9, "share": share}
+        row |= {"of_default": won, "of_default_low": low, "of_default_high": high}
         found.append(row | {"do_bench_ms": None if device == "cpu" else reference_ms(call)})
     return found
 

@@ -60,15 +60,23 @@ def floor(variant: Variant, shape: Shape, machine: dict, rates: str = "copy_gb_s
     return found
 
 
-def with_predictions(rows: pd.DataFrame, machine: dict) -> pd.DataFrame:
-    """`rows` of a sweep with each point's floor and regime, its laws' bytes, and `needed_bytes`, inputs included."""
+def with_laws(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """`rows` of a sweep with the bytes of each point's laws (`<account>_law_bytes`), of its inputs (`input_bytes`), and
+    `needed_bytes` in all, on a device of that kind, "cpu" or "cuda"."""
     predicted = []
     for row in rows[POINT].itertuples(index=False):
-        variant, shape = named(row.variant), Shape(*row[1:6], causal=bool(row.causal))
-        laws = {f"{account}_law_bytes": variant.law.bytes(account, shape, machine["kind"]) for account in ACCOUNTS}
+        law, shape = named(row.variant).law, Shape(*row[1:6], causal=bool(row.causal))
+        laws = {f"{account}_law_bytes": law.bytes(account, shape, kind) for account in ACCOUNTS}
         needed = {"input_bytes": shape.input_bytes, "needed_bytes": shape.input_bytes + max(laws.values())}
-        predicted.append(floor(variant, shape, machine) | laws | needed)
+        predicted.append(laws | needed)
     return rows.join(pd.DataFrame(predicted, index=rows.index))
+
+
+def with_predictions(rows: pd.DataFrame, machine: dict) -> pd.DataFrame:
+    """`with_laws`, and each point's floor and regime."""
+    points = [(named(row[0]), Shape(*row[1:6], causal=bool(row[6]))) for row in rows[POINT].itertuples(index=False)]
+    floors = pd.DataFrame([floor(variant, shape, machine) for variant, shape in points], index=rows.index)
+    return with_laws(rows, machine["kind"]).join(floors)
 
 
 def exponents(rows: pd.DataFrame) -> pd.DataFrame:

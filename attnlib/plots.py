@@ -28,10 +28,10 @@ def short(n) -> str:
     return f"{n / 1024:g}K" if n >= 1024 else f"{n:g}"
 
 
-def panels(titles, *, xs, device, ylabel):
+def panels(titles, *, xs, device, ylabel, sharey=True):
     """A row of log-log axes over sequence length, one per title."""
     figure, axes = plt.subplots(
-        1, len(titles), figsize=(WIDTH, HEIGHT), sharey=True, squeeze=False, layout="constrained"
+        1, len(titles), figsize=(WIDTH, HEIGHT), sharey=sharey, squeeze=False, layout="constrained"
     )
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set(xscale="log", yscale="log", title=f"{title} · {device}", xlabel="sequence length N")
@@ -173,4 +173,80 @@ def frontier(needs, memories, found, *, device):
         marker = "o" if row.allocator == "expandable" else "x"
         ax.plot(row.found_seq_len, row.memory_bytes / 2**30, marker, color=COLOURS[row.variant], ms=5, mew=1.5)
     legend(figure, ax)
+    return figure
+
+
+def block(rows, *, device):
+    """A sweep of the block: time, peak memory and throughput of forward and backward against N, by variant."""
+    columns = {"ms": "forward_backward_ms", "peak GiB": "backward_peak_gib", "tokens per ms": "tokens_per_ms"}
+    figure, axes = panels(columns, xs=rows["seq_len"], device="", ylabel="", sharey=False)
+    figure.suptitle(device, fontsize=9)
+    for ax, (title, column) in zip(axes, columns.items(), strict=True):
+        ax.set_title(title)
+        for variant, group in rows.dropna(subset=[column]).groupby("variant", sort=False):
+            ax.plot(group["seq_len"], group[column], "o-", color=COLOURS[variant], ms=3, lw=1, label=variant)
+    legend(figure, axes[0])
+    return figure
+
+
+def protocol(rows, product_tflop_s, *, device):
+    """TFLOP/s of forward (above) and backward (below) against N, one column per head_dim and mask; `rows` has
+    `forward_tflop_s` and `backward_tflop_s`. The dotted line is the matrix product's rate."""
+    kinds = list(rows.groupby(["head_dim", "causal"]).groups)
+    figure, axes = plt.subplots(
+        2, len(kinds), figsize=(WIDTH, 4.4), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    figure.suptitle(device, fontsize=9)
+    for line, phase in zip(axes, ("forward", "backward"), strict=True):
+        line[0].set_ylabel(f"{phase} TFLOP/s")
+        for ax, (head_dim, causal) in zip(line, kinds, strict=True):
+            ax.axhline(product_tflop_s, color="black", lw=0.8, ls=":")
+            part = rows[(rows["head_dim"] == head_dim) & (rows["causal"] == causal)]
+            for variant, group in part.groupby("variant", sort=False):
+                ax.plot(
+                    group["seq_len"], group[f"{phase}_tflop_s"], "o-", color=COLOURS[variant], ms=3, lw=1, label=variant
+                )
+            ax.set_xscale("log")
+            ax.set_xticks(sorted(set(rows["seq_len"])), [short(n) for n in sorted(set(rows["seq_len"]))], rotation=45)
+            ax.xaxis.set_minor_locator(NullLocator())
+            if phase == "forward":
+                ax.set_title(f"D {head_dim}, {'causal' if causal else 'full'}")
+            else:
+                ax.set_xlabel("N")
+    legend(figure, axes[0][0])
+    return figure
+
+
+def roofline(points, *, copy_gb_s, product_tflop_s, device):
+    """Useful TFLOP/s against operations per byte of memory traffic: `points` has `variant, phase, intensity,
+    tflop_s`. The roof is the copy's rate up to where the matrix product's takes over."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
+    xs = [min(points["intensity"]) / 2, 1e3 * product_tflop_s / copy_gb_s, max(points["intensity"]) * 2]
+    ax.plot(xs, [min(x * copy_gb_s / 1e3, product_tflop_s) for x in xs], color="black", lw=1)
+    ax.annotate(f"copy {copy_gb_s:,.0f} GB/s", (xs[0], xs[0] * copy_gb_s / 1e3), (20, 4), textcoords="offset points")
+    ax.annotate(
+        f"matrix product {product_tflop_s:,.3g} TFLOP/s", (xs[1], product_tflop_s), (4, 4), textcoords="offset points"
+    )
+    for row in points.itertuples():
+        marker, label = ("o", row.variant) if row.phase == "forward" else ("s", None)
+        filled = COLOURS[row.variant] if row.phase == "forward" else "none"
+        ax.plot(row.intensity, row.tflop_s, marker, ms=6, mfc=filled, mec=COLOURS[row.variant], label=label)
+    ax.set(xscale="log", yscale="log", xlabel="useful operations per byte of memory traffic", ylabel="useful TFLOP/s")
+    ax.set(title=device, ylim=(min(points["tflop_s"]) / 2, 2 * product_tflop_s))
+    legend(figure, ax)
+    return figure
+
+
+def ratios(rows, *, device):
+    """How many times as long the first variant of a duel takes as the second, against N, with the interval as a band;
+    one panel per phase, one line per dtype and head_dim."""
+    figure, axes = panels(("forward", "backward"), xs=rows["seq_len"], device=device, ylabel="naive ÷ flash")
+    for ax, phase in zip(axes, ("forward", "backward"), strict=True):
+        ax.axhline(1, color="black", lw=0.8, ls=":")
+        lines = rows[rows["phase"] == phase].groupby(["dtype", "head_dim"], sort=False)
+        for colour, ((dtype, head_dim), line) in zip(sns.color_palette("colorblind"), lines, strict=False):
+            ax.fill_between(line["seq_len"], line["low"], line["high"], color=colour, alpha=0.3, lw=0)
+            ax.plot(line["seq_len"], line["ratio"], "-", color=colour, lw=1, label=f"{dtype}, D {head_dim}")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}×"))
+    legend(figure, axes[0])
     return figure

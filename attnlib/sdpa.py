@@ -7,6 +7,7 @@ aten/src/ATen/native/transformers; the names of kernels and buffers are PyTorch'
 """
 
 import importlib.util
+import os
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from attnlib.naive import MATMUL
 aten = torch.ops.aten
 NO_FA2 = "needs the package flash-attn: pip install flash-attn --no-build-isolation"
 NO_FA4 = "needs the package flash-attn-4: pip install --pre flash-attn-4"
+# FlashAttention-4 compiles its kernels when they are first called: keep them on disk, for the next process
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 def pinned(backend, q, k, v, causal):

@@ -143,8 +143,9 @@ def build(folder: str, machine: dict, parameters: dict, only: str = ""):
     only: the number of the one notebook that measures ("02"); the others are rebuilt from their data. Raises AttnError
     for a number that no notebook has or a parameter that a notebook does not declare, before anything is touched.
     """
-    if only and not any(notebook.name.startswith(f"{only}_") for notebook in NOTEBOOKS):
-        raise AttnError(f"no notebook has the number {only!r}")
+    if only:
+        if not any(notebook.name.startswith(f"{only}_") for notebook in NOTEBOOKS):
+            raise AttnError(f"no notebook has the number {only!r}")
         results.machine_of(folder)  # what is not measured must be there to be rebuilt
     for notebook in NOTEBOOKS:
         if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(notebook))):

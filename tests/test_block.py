@@ -70,11 +70,27 @@ def test_the_interval_covers_the_median_as_often_as_it_says():
         batches = [1.2 + draw.normal(0, 0.02) + draw.normal(0, 0.05, size=20) for _ in range(crossover.BATCHES)]
         low, high = crossover.interval(batches, seed)
         covered += low <= 1.2 <= high
-    assert covered >= 30
+    assert covered >= 34
 
 
 def test_a_win_counts_only_if_it_lasts():
-    rows = pd.DataFrame({"seq_len": [64, 128, 256, 512], "low": [1.1, 0.9, 1.01, 1.5]})
-    assert crossover.wins_from(rows) == 256
-    assert crossover.wins_from(rows.assign(low=0.9)) is None
-    assert crossover.wins_from(rows.assign(low=1.1)) == 64
+    lengths = [64, 128, 256, 512]
+    assert crossover.crossing(lengths, [1.1, 0.5, 2.0, 3.0]) == pytest.approx(128 * 2**0.5)
+    assert crossover.crossing(lengths, [0.5, 0.6, 0.7, 0.9]) == float("inf")
+    assert crossover.crossing(lengths, [1.1, 1.2, 1.3, 1.4]) == 64
+
+
+def test_crossings_lie_between_those_of_the_interval():
+    n = pd.Series([64, 128, 256, 512])
+    names = {"dtype": "float32", "head_dim": 8, "phase": "forward", "run": 1, "first": "naive", "second": "tiled"}
+    rows = pd.DataFrame({"seq_len": n, "ratio": n / 200, "low": n / 240, "high": n / 160}).assign(**names)
+    (cell,) = crossover.crossings(rows).to_dict("records")
+    assert (cell["low"], cell["seq_len"], cell["high"]) == pytest.approx((160, 200, 240))
+
+
+def test_a_race_holds_all_against_the_product_and_the_default():
+    rows = pd.DataFrame(crossover.race(Shape(1, 2, 128, 16), "cpu", "backward", ["sdpa_math", "sdpa_default"], 0.2))
+    default = rows.set_index("variant").loc["sdpa_default"]
+    assert default["of_default"] == default["of_default_low"] == 1
+    assert (rows["share"] > 0).all() and rows["gemm_ms"].nunique() == 1
+    assert set(crossover.RACE) <= set(rows)

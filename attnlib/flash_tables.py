@@ -1,0 +1,214 @@
+"""The tables of notebook 03, each made from the rows of an experiment or from laws and nothing else."""
+
+import math
+import re
+
+import pandas as pd
+
+from attnlib import VARIANTS
+from attnlib.accuracy import RESULTS
+from attnlib.core import ACCOUNTS, Shape, useful_flops
+from attnlib.fit import USES, at_length, need
+from attnlib.measure import POINT
+from attnlib.memory import ledger, reached
+from attnlib.tables import MIB, NO_FIGURE, digits, size, table
+
+
+def shape_of(row) -> Shape:
+    """The Shape of a row, `{column: value}`."""
+    return Shape(*(row[column] for column in POINT[1:-1]), causal=bool(row["causal"]))
+
+
+def kernel(name: str) -> str:
+    """A kernel's name without its return type, parameters and template arguments."""
+    return re.sub(r"^void |<.*|\(.*", "", name).split("::")[-1]
+
+
+def grid(rows: pd.DataFrame, column: str, unit: float = 1):
+    """`column` by sequence length and variant; where there is no figure, how the point ended."""
+    cells = rows.assign(cell=rows["status"].where(rows[column].isna(), [digits(x / unit) for x in rows[column]]))
+    frame = cells.pivot(index="seq_len", columns="variant", values="cell")[list(dict.fromkeys(rows["variant"]))]
+    return table(frame.reset_index().rename_axis(columns=None))
+
+
+def refusals(rows: pd.DataFrame):
+    """What was not supported, and why, once for each variant and reason."""
+    refused = rows[rows["status"] == "unsupported"].groupby(["variant", "reason"], sort=False)["dtype"]
+    frame = refused.agg(lambda dtypes: ", ".join(dict.fromkeys(dtypes))).reset_index()
+    return table(frame[["variant", "dtype", "reason"]])
+
+
+def mask(rows: pd.DataFrame) -> pd.Series:
+    """The column `causal` in words."""
+    return rows["causal"].map({True: "causal", False: "full"})
+
+
+def with_rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a sweep with `forward_tflop_s` and `backward_tflop_s`, by the operations of core.useful_flops."""
+    shapes = [shape_of(row) for row in rows.to_dict("records")]
+    rates = {
+        f"{phase}_tflop_s": [useful_flops(s, phase) for s in shapes] / rows[f"{phase}_ms"] / 1e9
+        for phase in ("forward", "backward")
+    }
+    return rows.assign(**rates)
+
+
+def rates(rows: pd.DataFrame):
+    """The protocol's table: forward / backward TFLOP/s by head_dim, mask, sequence length and variant."""
+    rows = with_rates(rows).query("status != 'unsupported'")
+    phases = zip(rows["forward_tflop_s"], rows["backward_tflop_s"], rows["status"], strict=True)
+    cells = [
+        status if math.isnan(f) else f"{digits(f)} / {NO_FIGURE if math.isnan(b) else digits(b)}"
+        for f, b, status in phases
+    ]
+    rows = rows.assign(cell=cells, mask=mask(rows))
+    frame = rows.pivot(index=["head_dim", "mask", "seq_len"], columns="variant", values="cell")
+    return table(frame[list(dict.fromkeys(rows["variant"]))].reset_index().rename_axis(columns=None))
+
+
+def shares(rows: pd.DataFrame):
+    """Races at their longest sequence: TFLOP/s and, in brackets, the share of the matrix product raced against."""
+    rows = rows[rows["seq_len"] == rows["seq_len"].max()]
+    tflop_s = [useful_flops(shape_of(r), r["phase"]) / r["ms"] / 1e9 for r in rows.to_dict("records")]
+    cells = [f"{digits(rate)} ({share:.0%})" for rate, share in zip(tflop_s, rows["share"], strict=True)]
+    rows = rows.assign(cell=cells, mask=mask(rows), product=[digits(x) for x in rows["gemm_tflop_s"]])
+    frame = rows.pivot(index=["head_dim", "mask", "phase", "product"], columns="variant", values="cell")
+    frame = frame[list(dict.fromkeys(rows["variant"]))].reset_index().rename_axis(columns=None)
+    return table(frame.rename(columns={"product": "matrix product"}))
+
+
+def picks(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each race the kernel behind sdpa_default (`picked`), and the `fastest` of PyTorch's own pinned kernels, with
+    how many times as fast that is (`of_default`, `_low`, `_high`)."""
+    found = []
+    for names, race in rows.groupby(["head_dim", "causal", "seq_len", "phase"], sort=False):
+        by_name = race.set_index("variant")
+        pinned = by_name[by_name.index.str.startswith("sdpa_") & (by_name.index != "sdpa_default")]
+        best = pinned["of_default"].idxmax()
+        row = dict(zip(("head_dim", "causal", "seq_len", "phase"), names, strict=True))
+        picked = pinned["kernel"].map(kernel) == kernel(by_name.loc["sdpa_default", "kernel"])
+        row |= {"picked": ", ".join(pinned.index[picked]) or kernel(by_name.loc["sdpa_default", "kernel"])}
+        row |= {"fastest": best, **pinned.loc[best, ["of_default", "of_default_low", "of_default_high"]].to_dict()}
+        found.append(row)
+    return pd.DataFrame(found)
+
+
+def default(rows: pd.DataFrame):
+    """`picks` as a table."""
+    found = picks(rows)
+    gain = [f"{r.of_default:.2f}× [{r.of_default_low:.2f}, {r.of_default_high:.2f}]" for r in found.itertuples()]
+    frame = found.assign(mask=mask(found), gain=gain)
+    frame = frame[["head_dim", "mask", "seq_len", "phase", "picked", "fastest", "gain"]]
+    return table(frame.rename(columns={"picked": "PyTorch picks", "gain": "the fastest is faster by"}))
+
+
+def accuracy(rows: pd.DataFrame):
+    """Relative error of each result without a mask, and how many times that of `naive` in the same dtype; and the
+    largest of all errors, mask or not, over that of the reference with the same arithmetic."""
+    plain = rows[~rows["causal"] & (rows["head_dim"] == rows["head_dim"].min())]
+    base = plain[plain["variant"] == "naive"].set_index("dtype")
+    found = []
+    for row in plain.to_dict("records"):
+        errors = {r: (row[f"{r}_error"], base.loc[row["dtype"], f"{r}_error"]) for r in RESULTS}
+        cells = {r: f"{mine:.1e} ({mine / theirs:.2f}×)" for r, (mine, theirs) in errors.items()}
+        same = rows[(rows["variant"] == row["variant"]) & (rows["dtype"] == row["dtype"])]
+        worst = same[[f"{r}_of_reference" for r in RESULTS]].max(axis=None)
+        found.append({"dtype": row["dtype"], "variant": row["variant"], **cells, "of the reference": f"{worst:.2f}×"})
+    return table(pd.DataFrame(found))
+
+
+def length(n: float, cell: dict) -> str:
+    """A length of crossover.crossings: a number, or that it lies beyond the lengths tried."""
+    if math.isinf(n):
+        return f"> {cell['longest']}"
+    return f"≤ {cell['shortest']}" if n <= cell["shortest"] else f"{n:.0f}"
+
+
+def crossovers(cells: pd.DataFrame):
+    """The lengths from which flash wins, with their intervals, from both runs; and the ratios at both ends."""
+    found = []
+    keys = ["dtype", "head_dim", "phase"]
+    for names, runs in cells.groupby(keys, sort=False):
+        one, two = runs.sort_values("run").to_dict("records")
+        row = dict(zip(keys, names, strict=True)) | {"flash": one["second"]}
+        row |= {"wins from N": f"{length(one['seq_len'], one)} [{length(one['low'], one)}, {length(one['high'], one)}]"}
+        row |= {"second run": length(two["seq_len"], two)}
+        row |= {f"ratio at {one['shortest']}": one["least"], f"ratio at {one['longest']}": one["most"]}
+        found.append(row)
+    ratios = [column for column in found[0] if column.startswith("ratio")]
+    return table(pd.DataFrame(found), dict.fromkeys(ratios, "{:.2f}×"))
+
+
+def reproduced(cells: pd.DataFrame) -> tuple[int, int]:
+    """How many crossovers there are, and how many of the second run lie in the interval of the first."""
+    one, two = (cells[cells["run"] == run].reset_index() for run in (1, 2))
+    return len(one), int(((one["low"] <= two["seq_len"]) & (two["seq_len"] <= one["high"])).sum())
+
+
+def memory_crossover(first: str, second: str, shape: Shape, phase: str, kind: str) -> int:
+    """The N from which on `second` needs less memory than `first`, by their laws; 1 if it always does."""
+
+    def less(n):
+        sized = at_length(shape, n)
+        return need(VARIANTS[second], sized, phase, kind) < need(VARIANTS[first], sized, phase, kind)
+
+    longest = 4096  # from there on the matrices decide
+    return next((n + 1 for n in range(longest, 0, -1) if not less(n)), 1)
+
+
+def memory_crossovers(pairs: list[tuple[str, str, Shape]], kind: str):
+    """`memory_crossover` of each pair for inference and training, and what both need at a length far beyond."""
+    found = []
+    for first, second, shape in pairs:
+        row = {"dtype": shape.dtype, "head_dim": shape.head_dim, "flash": second}
+        for use, phase in USES.items():
+            row[f"{use}, from N"] = memory_crossover(first, second, shape, phase, kind)
+        far = [size(need(VARIANTS[name], at_length(shape, 16384), "backward", kind)) for name in (first, second)]
+        found.append({**row, "training at N = 16384": " instead of ".join(reversed(far))})
+    return table(pd.DataFrame(found))
+
+
+def agreement(rows: pd.DataFrame, kind: str) -> dict[str, tuple[int, int]]:
+    """`{account: (measured, equal)}` over rows of floor.with_laws: on how many the allocator saw what the law says.
+
+    On a CPU in float32 the allocator may count some bytes more, for scale factors wrapped into tensors.
+    """
+    found = {}
+    for account in ACCOUNTS:
+        excess = (rows[f"{account}_bytes"] - rows[f"{account}_law_bytes"]).dropna()
+        found[account] = len(excess), int(excess.between(0, 64 if kind == "cpu" else 0).sum())
+    return found
+
+
+def booked(name: str, shape: Shape, kind: str) -> int:
+    """The most bytes that the ledger of a forward and a backward pass has alive at once, inputs included."""
+    moments = reached(ledger(VARIANTS[name], shape, kind)).values()
+    return shape.input_bytes + max(moment["alive_bytes"] for moment in moments)
+
+
+def ledgered(names: list[str], shape: Shape, kind: str) -> pd.DataFrame:
+    """As traffic.measured, for a device without counters: the traffic of the ledger, each operand once an operation."""
+    found = []
+    for name in names:
+        rows = pd.DataFrame(ledger(VARIANTS[name], shape, kind))
+        for phase in ("forward", "backward"):
+            moved = int(rows.loc[rows["phase"] == phase, "traffic_bytes"].sum())
+            row = {"variant": name, **shape.columns(), "phase": phase, "dram_bytes": moved}
+            found.append(row | {"useful_flops": useful_flops(shape, phase)})
+    return pd.DataFrame(found)
+
+
+def intensity(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of traffic.measured with `intensity`, useful operations per byte of memory traffic, as counted."""
+    return rows.assign(intensity=rows["useful_flops"] / rows["dram_bytes"])
+
+
+def moved(rows: pd.DataFrame):
+    """What each variant moved through memory, as multiples of what q, k, v and o alone take, and its intensity."""
+    found = []
+    for row in intensity(rows).to_dict("records"):
+        least = shape_of(row).input_bytes // 3 * (4 if row["phase"] == "forward" else 8)
+        moved = {"moved MiB": f"{row['dram_bytes'] / MIB:,.0f}", "of the least": f"{row['dram_bytes'] / least:.1f}×"}
+        counts = {"kernels": int(row["kernels"]), "operations per byte": digits(row["intensity"])}
+        found.append({"variant": row["variant"], "phase": row["phase"], **counts, **moved})
+    return table(pd.DataFrame(found))
