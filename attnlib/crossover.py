@@ -6,7 +6,6 @@ Introduction to the Bootstrap", chapter 13), so that it holds for another run an
 """
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,7 +20,6 @@ from attnlib.sweep import Worker
 
 BATCHES, DRAWS = 5, 1000
 LEVEL = 0.99  # of the intervals: a table of a few dozen shall hold as a whole
-L2_BYTES = 256 * 2**20  # what is overwritten before each pass, more than any cache holds, as triton's do_bench does
 RATIO = ["ratio", "low", "high"]
 DUEL = ["batch", "heads", "seq_len", "head_dim", "first_ms", "second_ms", *RATIO, "rounds"]  # numbers of a duel's row
 RACE = ["seq_len", "head_dim", "ms", "do_bench_ms", "gemm_ms", "share", "of_default", "of_default_low"]  # of a race's
@@ -37,42 +35,16 @@ def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -
     return lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
 
 
-def milliseconds(functions, rounds: int, device: str) -> np.ndarray:
-    """`[rounds, len(functions)]`: each call's time, the functions taking turns in an order drawn for each round."""
-    times, order = np.zeros((rounds, len(functions))), list(range(len(functions)))
-    flush = None if device == "cpu" else torch.empty(L2_BYTES, dtype=torch.int8, device=device)
-    marks = []
-    for turn in range(rounds):
-        random.Random(turn).shuffle(order)
-        for which in order:
-            if device == "cpu":
-                begun = time.perf_counter_ns()
-                functions[which]()
-                times[turn, which] = (time.perf_counter_ns() - begun) / 1e6
-            else:
-                flush.zero_()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                functions[which]()
-                end.record()
-                marks.append((turn, which, start, end))
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    for turn, which, start, end in marks:
-        times[turn, which] = start.elapsed_time(end)
-    return times
-
-
 def batches(functions: Callable[[int], list], device: str, budget_s: float) -> list[np.ndarray]:
-    """`milliseconds` of `functions(seed)` for BATCHES seeds, in about `budget_s` seconds, at least five rounds each."""
+    """`device.milliseconds` of `functions(seed)` for BATCHES seeds, five rounds each or more, in `budget_s` seconds."""
     found = []
     for seed in range(BATCHES):
         contestants = functions(seed)
-        milliseconds(contestants, 2, device)  # warm-up
+        dev.milliseconds(contestants, 2, device)  # warm-up
         begun = time.perf_counter()
-        milliseconds(contestants, 2, device)
+        dev.milliseconds(contestants, 2, device)
         one = (time.perf_counter() - begun) / 2
-        found.append(milliseconds(contestants, int(min(50, max(5, budget_s / BATCHES / one))), device))
+        found.append(dev.milliseconds(contestants, int(min(50, max(5, budget_s / BATCHES / one))), device))
     return found
 
 

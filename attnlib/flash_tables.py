@@ -77,6 +77,14 @@ def shares(rows: pd.DataFrame):
     return table(frame.rename(columns={"product": "matrix product"}))
 
 
+def clock(speeds: pd.DataFrame, races: pd.DataFrame) -> pd.DataFrame:
+    """Calls timed in three ways, by point and phase: `table_ms` in a sweep, `ms` in a race, and `do_bench_ms`."""
+    keys = ["variant", "head_dim", "seq_len", "causal"]
+    columns = {f"{phase}_ms": phase for phase in ("forward", "backward")}
+    swept = speeds.rename(columns=columns).melt(keys, list(columns.values()), "phase", "table_ms")
+    return races.merge(swept, on=[*keys, "phase"]).dropna(subset=["table_ms", "do_bench_ms"])
+
+
 def picks(rows: pd.DataFrame) -> pd.DataFrame:
     """For each race the kernel behind sdpa_default (`picked`), and the `fastest` of PyTorch's own pinned kernels, with
     how many times as fast that is (`of_default`, `_low`, `_high`)."""

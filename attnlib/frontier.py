@@ -89,8 +89,8 @@ def search(case: Case, device: str) -> dict:
     The law's N and the one after it are tried first. Where they do not run and fail as predicted, what the pool was
     seen to lose gives the next guess, and from there steps that double, then bisection, find the N that does.
     """
-    variant, seen = VARIANTS[case.variant], {1: in_fresh_process(case, 1, device)}
-    room = seen[1]["memory_bytes"] - seen[1]["libraries_bytes"]
+    variant, start = VARIANTS[case.variant], in_fresh_process(case, 2, device)  # cuDNN refuses a single key
+    seen, room = {2: start}, start["memory_bytes"] - start["libraries_bytes"]
 
     def longest(lost):
         return largest_seq_len(variant, case.shape, room - lost, case.phase, device)
@@ -114,11 +114,11 @@ def search(case: Case, device: str) -> dict:
     lost = {f"{name}_bytes": seen[high].get(f"{name}_bytes") for name in (*POOL, "tried")}
     return {
         **name_of(case),
-        **{name: seen[1][name] for name in ("memory_bytes", "taken_bytes", "libraries_bytes")},
+        **{name: start[name] for name in ("memory_bytes", "taken_bytes", "libraries_bytes")},
         "predicted_seq_len": predicted,
         "found_seq_len": low,
         "trials": len(seen) - 1,
-        "need_bytes": need(variant, at_length(case.shape, high), case.phase, device) + seen[1]["libraries_bytes"],
+        "need_bytes": need(variant, at_length(case.shape, high), case.phase, device) + start["libraries_bytes"],
         **lost,
     }
 

@@ -136,6 +136,9 @@ class CudaAllocator:
         return [stats[f"{what}_bytes.all.{when}"] for when, what in kinds]
 
     def __enter__(self):
+        # autograd's own thread lets go of the last gradients in its own time: give it an empty task to wait for
+        empty = torch.zeros(0, device=self.device, requires_grad=True)
+        torch.autograd.grad(empty * 1, empty, torch.zeros(0, device=self.device))
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         requested, _, allocated, _ = self._stats()

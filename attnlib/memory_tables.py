@@ -16,11 +16,15 @@ CLAIMED = {"naive_custom": 3, "naive": 2, "naive_weights_only": 1}  # N×N tenso
 MEMORIES = {"GTX 1080": "7.9GiB", "RTX 4090": "24GiB", "L40S": "48GiB", "A100, H100": "80GB", "H200": "139.8GiB"}
 
 
-def formula(law: Law, account: str) -> str:
-    """An account of a law in LaTeX, a line for each moment, each term named; a peak is the largest of its moments."""
+def formula(law: Law, account: str, given: dict | None = None) -> str:
+    """An account of a law in LaTeX, a line for each moment, each term named; a peak is the largest of its moments.
+
+    given: `{symbol or condition: value}` put in first.
+    """
     lines = []
     for operation, terms in law.moments(account).items():
-        named = [rf"\underbrace{{{sympy.latex(f)}}}_{{\text{{{name}}}}}" for name, f in terms.items() if f != 0]
+        shown = {name: sympy.sympify(f).subs(given or {}) for name, f in terms.items()}
+        named = [rf"\underbrace{{{sympy.latex(f)}}}_{{\text{{{name}}}}}" for name, f in shown.items() if f != 0]
         rows = [" + ".join(named[start : start + 3]) for start in range(0, len(named), 3)]
         lines.append(rf"\text{{{operation}:}}\quad & " + r" \\ & {} + ".join(rows))
     return r"\begin{aligned}" + r" \\[1ex] ".join(lines) + r"\end{aligned}"

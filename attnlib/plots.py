@@ -179,7 +179,8 @@ def frontier(needs, memories, found, *, device):
 def block(rows, *, device):
     """A sweep of the block: time, peak memory and throughput of forward and backward against N, by variant."""
     columns = {"ms": "forward_backward_ms", "peak GiB": "backward_peak_gib", "tokens per ms": "tokens_per_ms"}
-    figure, axes = panels(columns, xs=rows["seq_len"], device="", ylabel="", sharey=False)
+    lengths = sorted(set(rows["seq_len"]))
+    figure, axes = panels(columns, xs=lengths[:: 2 if len(lengths) > 5 else 1], device="", ylabel="", sharey=False)
     figure.suptitle(device, fontsize=9)
     for ax, (title, column) in zip(axes, columns.items(), strict=True):
         ax.set_title(title)
@@ -223,7 +224,9 @@ def roofline(points, *, copy_gb_s, product_tflop_s, device):
     figure, ax = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
     xs = [min(points["intensity"]) / 2, 1e3 * product_tflop_s / copy_gb_s, max(points["intensity"]) * 2]
     ax.plot(xs, [min(x * copy_gb_s / 1e3, product_tflop_s) for x in xs], color="black", lw=1)
-    ax.annotate(f"copy {copy_gb_s:,.0f} GB/s", (xs[0], xs[0] * copy_gb_s / 1e3), (20, 4), textcoords="offset points")
+    slope = (xs[0] * xs[1]) ** 0.5
+    where = (slope, slope * copy_gb_s / 1e3)
+    ax.annotate(f"copy {copy_gb_s:,.0f} GB/s", where, (-8, 4), textcoords="offset points", ha="right")
     ax.annotate(
         f"matrix product {product_tflop_s:,.3g} TFLOP/s", (xs[1], product_tflop_s), (4, 4), textcoords="offset points"
     )
@@ -248,5 +251,6 @@ def ratios(rows, *, device):
             ax.fill_between(line["seq_len"], line["low"], line["high"], color=colour, alpha=0.3, lw=0)
             ax.plot(line["seq_len"], line["ratio"], "-", color=colour, lw=1, label=f"{dtype}, D {head_dim}")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}×"))
+        ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}×" if round(y, 9) in (0.5, 2, 3, 5) else ""))
     legend(figure, axes[0])
     return figure
