@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from attnlib import VARIANTS
-from attnlib.core import DTYPES, Shape, dense_reach, oracle
+from attnlib.core import DTYPES, Shape, Variant, oracle
 from attnlib.sweep import Worker
 
 RESULTS = ("o", "dq", "dk", "dv")
@@ -42,20 +41,21 @@ def three_tf32(a, b):
 
 
 class Plain(torch.autograd.Function):
-    """The same maths in the same dtype, as plainly as it can be written; `product` multiplies matrices.
+    """The same maths in the same dtype, as plainly as it can be written; `product` multiplies matrices, `bias` is 0
+    where a query sees a key, else minus infinity.
 
     With `recompute` its backward pass is that of flash kernels: the weights computed again from a float32 log-sum-exp,
     and dS = P ∘ (dP − rowsum(dO ∘ O)); else P is kept and the sum is rowsum(dP ∘ P).
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, product, recompute):
-        scores = product(q, k.mT) * q.shape[-1] ** -0.5
-        scores = scores + dense_reach(q.shape[-2], causal).log().to(q)
-        weights = torch.softmax(scores, dim=-1)
+    def forward(ctx, q, k, v, bias, product, recompute):
+        scores = product(q, k.mT) * q.shape[-1] ** -0.5 + bias.to(q)
+        weights = torch.softmax(scores, dim=-1).nan_to_num()  # a query that sees nothing
         o = product(weights, v)
         if recompute:
-            weights = (scores.float() - torch.logsumexp(scores.float(), dim=-1, keepdim=True)).exp().to(q.dtype)
+            weights = (scores.float() - torch.logsumexp(scores.float(), dim=-1, keepdim=True)).exp()
+            weights = weights.nan_to_num().to(q.dtype)
         ctx.save_for_backward(q, k, v, weights, o)
         ctx.how = product, recompute
         return o
@@ -69,16 +69,22 @@ class Plain(torch.autograd.Function):
         return product(ds, k), product(ds.mT, q), product(weights.mT, do), None, None, None
 
 
-def references(name: str, shape: Shape, device: str) -> dict[str, Callable]:
+def references(name: str, shape: Shape, device: str, reach: torch.Tensor) -> dict[str, Callable]:
     """`{way: fn(q, k, v)}`: the ways to do the same maths in the same dtype that the variant `name` is held against.
 
-    One keeps the weights and one computes them again. In float32 on a GPU the efficient kernel's products are
-    three_tf32, so its reference's are too.
+    One keeps the weights and one computes them again. A key that is seen m times stands there m times. In float32 on a
+    GPU the efficient kernel's products are three_tf32, so its reference's are too.
     """
     efficient = name in ("sdpa_efficient", "sdpa_default") and shape.dtype == "float32" and device != "cpu"
     products = {"plain": torch.matmul} | ({"three TF32": three_tf32} if efficient else {})
+    copies = max(1, int(reach.max()))
+    bias = torch.cat([torch.where(reach > copy, 0.0, -math.inf) for copy in range(copies)], dim=-1)
+
+    def attention(q, k, v, *how):
+        return Plain.apply(q, k.repeat(1, 1, copies, 1), v.repeat(1, 1, copies, 1), bias, *how)
+
     return {
-        f"{way}{', recomputed' * again}": lambda q, k, v, p=product, r=again: Plain.apply(q, k, v, shape.causal, p, r)
+        f"{way}{', recomputed' * again}": lambda q, k, v, p=product, r=again: attention(q, k, v, p, r)
         for way, product in products.items()
         for again in (False, True)
     }
@@ -94,13 +100,13 @@ def sizes(exact, qkv, do, reach) -> list[torch.Tensor]:
     return [exact[0], torch.cat([part @ k for part in parts]), torch.cat([part.mT @ q for part in parts]), exact[3]]
 
 
-def squares(name: str, shape: Shape, device: str, draws: int) -> dict[str, list[float]]:
+def squares(variant: Variant, shape: Shape, device: str, draws: int) -> dict[str, list[float]]:
     """Squared norms, summed over draws (with few numbers a single draw's luck says nothing), for each of RESULTS: of
-    the oracle's ("exact"), of its `sizes`, and, for the variant `name` ("found") and each of its `references`, of the
+    the oracle's ("exact"), of its `sizes`, and, for the variant ("found") and each of its `references`, of the
     difference from the oracle's."""
-    variant = VARIANTS[name]
-    reach = variant.reach(shape.seq_len, shape.causal).to(device)
-    ways = {"found": lambda q, k, v: variant.fn(q, k, v, causal=shape.causal), **references(name, shape, device)}
+    reach = variant.reach(shape).to(device)
+    ways = {"found": lambda q, k, v: variant.fn(q, k, v, causal=shape.causal)}
+    ways |= references(variant.name, shape, device, reach)
     total2 = {what: [0.0] * len(RESULTS) for what in ("exact", "sizes", *ways)}
     for seed in range(draws):
         qkv, do = draw(shape, device, seed)
@@ -113,12 +119,12 @@ def squares(name: str, shape: Shape, device: str, draws: int) -> dict[str, list[
     return total2
 
 
-def compared(name: str, shape: Shape, device: str, draws: int = 2) -> dict:
+def compared(variant: Variant, shape: Shape, device: str, draws: int = 2) -> dict:
     """For each of RESULTS the relative error `<result>_error` (Frobenius norm of the difference from the oracle over
     the oracle's), and `<result>_of_reference`: that error over that of the least accurate of the `references`, or over
     half of what rounding its `sizes` once would cost, whichever is larger. The budget is two."""
-    exact2, size2, found2, *reference2 = squares(name, shape, device, draws).values()
-    row, rounding = {"variant": name, **shape.columns()}, torch.finfo(DTYPES[shape.dtype]).eps / 2
+    exact2, size2, found2, *reference2 = squares(variant, shape, device, draws).values()
+    row, rounding = {"variant": variant.name, **shape.columns()}, torch.finfo(DTYPES[shape.dtype]).eps / 2
     for at, result in enumerate(RESULTS):
         allowed2 = max(size2[at] * (rounding / 2) ** 2, *(way2[at] for way2 in reference2))
         row[f"{result}_error"] = math.sqrt(found2[at] / exact2[at]) if exact2[at] else 0.0
@@ -129,9 +135,9 @@ def compared(name: str, shape: Shape, device: str, draws: int = 2) -> dict:
 NUMBERS = [f"{result}_{what}" for result in RESULTS for what in ("error", "of_reference")]
 
 
-def compare(todo: list[tuple[str, Shape]], device: str) -> Iterator[dict]:
-    """`compared` for each `(name, shape)` that runs on the device, in a worker."""
+def compare(todo: list[tuple[Variant, Shape]], device: str) -> Iterator[dict]:
+    """`compared` for each `(variant, shape)` that runs on the device, in a worker."""
     with Worker() as worker:
-        for name, shape in todo:
-            if not worker.call(VARIANTS[name].needs, shape, device):
-                yield worker.call(compared, name, shape, device)
+        for variant, shape in todo:
+            if not worker.call(variant.needs, shape, device):
+                yield worker.call(compared, variant, shape, device)

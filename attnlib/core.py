@@ -147,10 +147,10 @@ def useful_flops(shape: Shape, phase: str) -> int:
     return {"forward": 4, "backward": 10}[phase] * shape.batch * shape.heads * shape.head_dim * pairs
 
 
-def dense_reach(seq_len: int, causal: bool) -> torch.Tensor:
+def dense_reach(shape: Shape) -> torch.Tensor:
     """`[N, N]`: how many times query i sees key j in dense attention: once, or not at all where j > i if causal."""
-    ones = torch.ones(seq_len, seq_len, dtype=torch.float64)
-    return ones.tril() if causal else ones
+    ones = torch.ones(shape.seq_len, shape.seq_len, dtype=torch.float64)
+    return ones.tril() if shape.causal else ones
 
 
 def older_than(capability: tuple[int, int], device: torch.device) -> bool:
@@ -171,8 +171,8 @@ def needs_dtype(shape: Shape, device: torch.device) -> str | None:
 class Variant:
     """One way to compute attention, with all that is known about it before it runs.
 
-    name: the word used everywhere. fn: `(q, k, v, *, causal) -> o`, all `[B, H, N, D]`. reach: `(N, causal) -> [N, N]`
-    or `[H, N, N]`, how many times query i sees key j. law: its memory, None where that depends on what PyTorch picks.
+    name: the word used everywhere. fn: `(q, k, v, *, causal) -> o`, all `[B, H, N, D]`. reach: `(shape) -> [N, N]` or
+    `[H, N, N]`, how many times query i sees key j. law: its memory, None where that depends on what PyTorch picks.
     flops: floating-point operations of its matrix products (a multiply-add is two). traffic: bytes its operations read
     and write, each operand once per operation, None where only the ledger counts them. needs: `(shape, device) ->
     None`, or the reason why it cannot run there. traced: `(q, k, v, *, causal, device) -> o`, what the ledger runs in

@@ -54,9 +54,11 @@ def cpu_name() -> str:
 
 
 def memory_free(device: str) -> int:
-    """Bytes that a new allocation can get: the GPU's free memory, or on the CPU the machine's or the container's."""
+    """Bytes that a new allocation can get: a GPU's free memory, and what PyTorch holds of it and does not use; on the
+    CPU the machine's or the container's."""
     if device != "cpu":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     free = psutil.virtual_memory().available
     try:
         group = Path("/sys/fs/cgroup")

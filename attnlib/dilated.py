@@ -1,0 +1,288 @@
+"""LongNet's dilated attention, exact in output and gradients, on strided views: nothing is gathered or scattered.
+
+Branch (w, r) cuts the sequence into segments of w positions. Of each, head j keeps the rows s_j, s_j + r, s_j + 2r, …
+and attends within them; the branches are mixed, for each query and head, by their softmax denominators. That is *one*
+softmax over the multiset union of the keys: dense attention with the bias log(number of branches in which i sees j).
+
+Two things follow. The kept rows of all segments, and of heads that start at different rows, are a strided view of the
+tensors as they are, which a flash kernel takes like any other. And since the union is one softmax, each branch's
+gradients are those of the flash kernel's own backward pass, called with the *merged* output and log-sum-exp: nothing
+has to be differentiated through the mixing. Only these two are saved. Tensors are `[B, H, N, D]`.
+Source: Ding et al. 2023, "LongNet: Scaling Transformers to 1,000,000,000 Tokens", sections 2.2 and 2.3.
+"""
+
+import itertools
+import math
+import numbers
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import sympy
+import torch
+
+from attnlib.core import AttnError, B, D, H, N, Phases, Shape, Variant, c
+from attnlib.device import memory_free
+from attnlib.kernels import Kernel, chosen
+
+HEAD_OFFSETS = ("modulo", "grouped")
+
+
+def offset(head: int, heads: int, rate: int, head_offsets: str) -> int:
+    """The first row that a head keeps: j mod r in the paper ("modulo"), j // ⌈H/r⌉ in torchscale ("grouped")."""
+    return head % rate if head_offsets == "modulo" else head // -(-heads // rate)
+
+
+def segments(seq_len: int, width: int) -> list[tuple[int, int, int]]:
+    """`(start, count, width)`: the whole segments, and the shorter one at the end, where there are such."""
+    whole, rest = divmod(seq_len, width)
+    return [(0, whole, width)] * (whole > 0) + [(whole * width, 1, rest)] * (rest > 0)
+
+
+def check(q, k, v, segment_lengths, dilation_rates, head_offsets):
+    """Raise AttnError, in one line, for what no dilated attention takes."""
+    if len({(x.shape, x.dtype, x.device) for x in (q, k, v)}) > 1:
+        raise AttnError("q, k and v must have the same shape, dtype and device")
+    if q.dim() != 4 or not all(q.shape):
+        raise AttnError(f"q, k and v must be [B, H, N, D] with no size zero, not {list(q.shape)}")
+    if not q.is_floating_point():
+        raise AttnError(f"q, k and v must be floating-point, not {q.dtype}")
+    if not segment_lengths or len(segment_lengths) != len(dilation_rates):
+        raise AttnError("segment_lengths and dilation_rates must be lists of the same length, and not empty")
+    for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
+        if bad := [x for x in values if isinstance(x, bool) or not isinstance(x, numbers.Integral) or x < 1]:
+            raise AttnError(f"{name} must be positive integers, not {bad[0]!r}")
+    for width, rate in zip(segment_lengths, dilation_rates, strict=True):
+        if rate > width:
+            raise AttnError(f"a dilation rate of {rate} exceeds its segment of {width}")
+    if head_offsets not in HEAD_OFFSETS:
+        raise AttnError(f"head_offsets must be one of {', '.join(HEAD_OFFSETS)}, not {head_offsets!r}")
+
+
+def dilated_reference(q, k, v, *, segment_lengths, dilation_rates, causal=False, head_offsets="modulo"):
+    """o `[B, H, N, D]`, as the paper defines it, one segment of one head at a time: to be read, on any device.
+
+    Raises AttnError for lists that are empty, unequal or not of positive integers, a rate above its segment, another
+    head_offsets, or inputs that differ in shape, dtype or device.
+    """
+    check(q, k, v, segment_lengths, dilation_rates, head_offsets)
+    (heads, seq_len), outputs, denominators = q.shape[1:3], [], []
+    for width, rate in zip(segment_lengths, dilation_rates, strict=True):
+        o, lse = torch.zeros_like(v), torch.full_like(q[..., 0], -math.inf, dtype=torch.float32)
+        for head in range(heads):
+            for start in range(0, seq_len, width):
+                first = start + offset(head, heads, rate, head_offsets)
+                kept = torch.arange(first, max(first, min(start + width, seq_len)), rate, device=q.device)
+                q_kept, k_kept, v_kept = (x[:, head, kept] for x in (q, k, v))
+                scores = (q_kept @ k_kept.mT * q.shape[-1] ** -0.5).float()
+                if causal:
+                    scores = scores + torch.full_like(scores, -math.inf).triu(1)
+                where = torch.arange(q.shape[0], device=q.device)[:, None], torch.tensor(head, device=q.device), kept
+                o = o.index_put(where, torch.softmax(scores, -1).to(v.dtype) @ v_kept)
+                lse = lse.index_put(where, torch.logsumexp(scores, -1))
+        outputs.append(o)
+        denominators.append(lse)
+    lse = torch.stack(denominators)
+    seen = lse.amax(0) > -math.inf
+    weights = torch.softmax(torch.where(seen, lse, 0.0), dim=0) * seen
+    return (weights.to(v.dtype).unsqueeze(-1) * torch.stack(outputs)).sum(0)
+
+
+@dataclass(frozen=True)
+class View:
+    """Rows that one call of a kernel takes, of any tensor `[B, H, N, …]`, as a strided view `[b, h, n, …]`.
+
+    size: `(b, h, n)`; start and each of the three steps: how far along B, H and N.
+    """
+
+    size: tuple[int, int, int]
+    start: tuple[int, int, int]
+    steps: tuple[tuple[int, int, int], ...]
+
+    def strides(self, strides: tuple[int, ...]) -> list[int]:
+        """The view's strides along b, h and n, and how far it starts, for a tensor of these strides."""
+        return [sum(a * b for a, b in zip(step, strides, strict=False)) for step in (*self.steps, self.start)]
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The view of x."""
+        *strides, start = self.strides(x.stride())
+        return x.as_strided((*self.size, *x.shape[3:]), (*strides, *x.stride()[3:]), x.storage_offset() + start)
+
+
+def head_runs(heads: int, rate: int, head_offsets: str) -> list[list[int]]:
+    """All heads in as few runs as there can be, each with a constant step, whose offsets are equal or rise by one."""
+    offsets = [offset(head, heads, rate, head_offsets) for head in range(heads)]
+    equal = [[head for head in range(heads) if offsets[head] == one] for one in dict.fromkeys(offsets)]
+    rising = list(itertools.zip_longest(*equal))
+    rising = [[head for head in run if head is not None] for run in rising]
+    return min(equal, rising, key=len)
+
+
+def views(batch: int, heads: int, seq_len: int, width: int, rate: int, head_offsets: str) -> Iterator[View]:
+    """The views that make up one branch: every kept row of every head in exactly one of them."""
+    for start, count, length in segments(seq_len, width):
+        for run in head_runs(heads, rate, head_offsets):
+            kept = {head: -(-(length - offset(head, heads, rate, head_offsets)) // rate) for head in run}
+            for rows, group in itertools.groupby(run, kept.get):
+                group = list(group)
+                if rows < 1:
+                    continue
+                first = offset(group[0], heads, rate, head_offsets)
+                second = group[1] if len(group) > 1 else group[0]
+                along_heads = (0, second - group[0], offset(second, heads, rate, head_offsets) - first)
+                axes = [(batch, (1, 0, 0)), (count, (0, 0, length)), (len(group), along_heads)]
+                yield from folded(axes, (0, group[0], start + first), rows, rate)
+
+
+def folded(axes: list[tuple], start: tuple, rows: int, rate: int) -> Iterator[View]:
+    """Views over three axes `(size, step)`, of which a kernel takes two: where all are longer than one, the shortest is
+    gone through."""
+    long = [axis for axis in axes if axis[0] > 1]
+    looped = min(long) if len(long) == 3 else (1, (0, 0, 0))
+    inner = [axis for axis in long if axis is not looped]
+    inner = [(1, (0, 0, 0))] * (2 - len(inner)) + inner
+    sizes, steps = zip(*inner, strict=True)
+    for turn in range(looped[0]):
+        here = tuple(a + turn * b for a, b in zip(start, looped[1], strict=True))
+        yield View((*sizes, rows), here, (*steps, (0, 0, rate)))
+
+
+def adopted(part: torch.Tensor, view: View, like: torch.Tensor) -> torch.Tensor | None:
+    """`part` as the whole tensor of which it would be the `view`, if its memory is laid out so; else None."""
+    if part.numel() != like.numel():
+        return None
+    found = {}
+    for stride, step, size in zip(part.stride(), view.steps, view.size, strict=False):
+        if size > 1 and sum(step) == max(step) == 1:
+            found[step.index(1)] = stride
+    strides = [found.get(axis, 0 if like.shape[axis] == 1 else None) for axis in range(3)]
+    if None in strides:
+        return None
+    pairs = zip(view.strides(strides), part.stride(), view.size, strict=False)
+    if any(ours != theirs for ours, theirs, size in pairs if size > 1):
+        return None
+    return part.as_strided(like.shape, (*strides, *part.stride()[3:]), part.storage_offset())
+
+
+def spread(part: torch.Tensor, view: View, like: torch.Tensor) -> torch.Tensor:
+    """A tensor like `like` that holds `part` in its `view`, and 0 elsewhere; without a copy where that can be."""
+    whole = adopted(part, view, like)
+    if whole is None:
+        whole = torch.zeros_like(like)
+        view.of(whole).copy_(part)
+    return whole
+
+
+def merge(o, lse, part, part_lse):
+    """Bring a part, attention over other keys, into the output and log-sum-exp of the same rows, in place."""
+    weight = torch.sigmoid(part_lse - lse)
+    o.lerp_(part, weight.to(o.dtype).unsqueeze(-1))  # nothing is rounded where both are equal
+    torch.logaddexp(lse, part_lse, out=lse)
+
+
+class _Dilated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, branches: list[View], causal: bool, kernel: Kernel):
+        first, *others = branches
+        part, part_lse = kernel.forward(*(first.of(x) for x in (q, k, v)), causal)
+        lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+        first.of(lse).copy_(part_lse)
+        o = spread(part, first, q)
+        del part, part_lse
+        for view in others:
+            merge(view.of(o), view.of(lse), *kernel.forward(*(view.of(x) for x in (q, k, v)), causal))
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.how = branches, causal, kernel
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        (q, k, v, o, lse), ((first, *others), causal, kernel) = ctx.saved_tensors, ctx.how
+
+        def parts(view):
+            return kernel.backward(*(view.of(x) for x in (do, q, k, v, o)), view.of(lse).contiguous(), causal)
+
+        grads = [spread(part, first, q) for part in parts(first)]
+        for view in others:
+            for grad, part in zip(grads, parts(view), strict=True):
+                view.of(grad).add_(part)
+        return *grads, None, None, None
+
+
+def dilated(
+    q, k, v, *, segment_lengths, dilation_rates, causal=False, head_offsets="modulo", kernel: str | None = None
+):
+    """o `[B, H, N, D]`: what dilated_reference computes, by flash kernels on strided views, exact in its gradients too.
+
+    kernel: which one of kernels.KERNELS runs underneath; by default the first that takes such inputs. What is saved for
+    the backward pass is the output and one float32 per row and head. A query that no branch keeps gives 0, with
+    gradient 0. Raises AttnError as dilated_reference does, for a kernel that cannot run there, and, before anything is
+    allocated, where memory cannot suffice.
+    """
+    check(q, k, v, segment_lengths, dilation_rates, head_offsets)
+    size = Shape(*q.shape, str(q.dtype).removeprefix("torch."), bool(causal))
+    underneath = chosen(kernel, size, q.device)
+    pairs = sorted(zip(segment_lengths, dilation_rates, strict=True), key=lambda pair: pair[1])
+    branches = [view for w, r in pairs for view in views(*q.shape[:3], w, r, head_offsets)]
+    if (least := 2 * q.numel() * q.element_size()) > 2**26 and least > memory_free(str(q.device)):  # o, and one part
+        raise AttnError(f"{least / 2**30:,.1f} GiB are needed at least, and that much is not free")
+    return _Dilated.apply(q, k, v, branches, size.causal, underneath)
+
+
+def reach(shape: Shape, *, segment_lengths, dilation_rates, head_offsets="modulo") -> torch.Tensor:
+    """`[H, N, N]`: in how many branches query i sees key j."""
+    heads, at = shape.heads, torch.arange(shape.seq_len)
+    counts = torch.zeros(heads, shape.seq_len, shape.seq_len, dtype=torch.float64)
+    for width, rate in zip(segment_lengths, dilation_rates, strict=True):
+        together = (at[:, None] // width) == (at // width)
+        for head in range(heads):
+            kept = (at % width - offset(head, heads, rate, head_offsets)) % rate == 0
+            kept &= at % width >= offset(head, heads, rate, head_offsets)
+            counts[head] += together & kept[:, None] & kept
+    return counts.tril() if shape.causal else counts
+
+
+def _pairs(heads: int, seq_len: int, causal: int, grouped: int, *config: int) -> int:
+    """How many pairs of a query and a key all branches compute: of each segment and head, its kept rows squared."""
+    half, found = len(config) // 2, 0
+    for width, rate in zip(config[:half], config[half:], strict=True):
+        for _, count, length in segments(seq_len, width):
+            for head in range(heads):
+                rows = max(0, -(-(length - offset(head, heads, rate, HEAD_OFFSETS[grouped])) // rate))
+                found += count * (rows * (rows + 1) // 2 if causal else rows**2)
+    return found
+
+
+class Pairs(sympy.Function):
+    """`_pairs` as a term of a formula."""
+
+    _imp_ = staticmethod(_pairs)
+
+
+def needs(shape: Shape, device, kernel: str | None = None) -> str | None:
+    """The reason why no kernel, or not the one asked for, takes such shapes on the device, or None."""
+    try:
+        chosen(kernel, shape, device)
+    except AttnError as error:
+        return str(error)
+    return None
+
+
+def variant(name: str, segment_lengths, dilation_rates, head_offsets="modulo", kernel: str | None = None) -> Variant:
+    """Dilated attention of these branches as a Variant called `name`."""
+    config = {"segment_lengths": tuple(segment_lengths), "dilation_rates": tuple(dilation_rates)}
+    config["head_offsets"] = head_offsets
+    pairs = Pairs(H, N, c, HEAD_OFFSETS.index(head_offsets), *config["segment_lengths"], *config["dilation_rates"])
+    return Variant(
+        name=name,
+        fn=partial(dilated, kernel=kernel, **config),
+        law=None,
+        flops=Phases(4 * B * D * pairs, 10 * B * D * pairs),
+        reach=partial(reach, **config),
+        needs=partial(needs, kernel=kernel),
+        ledgered=False,
+    )
+
+
+# the paper's own setting (section 3.1)
+DILATED = variant("dilated", (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))

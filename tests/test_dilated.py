@@ -1,0 +1,156 @@
+"""Dilated attention against the oracle: output and gradients, on views of any configuration; and what it refuses."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from attnlib import dilated
+from attnlib.accuracy import RESULTS, compared
+from attnlib.core import AttnError, Shape
+from attnlib.kernels import KERNELS
+
+# segment lengths, dilation rates, batch, heads, length
+CONFIGS = [
+    ((16, 32, 64, 128, 256), (1, 2, 4, 6, 12), 1, 3, 300),  # the paper's own, smaller: 6 and 12 do not divide
+    ((16, 32, 64), (1, 2, 4), 2, 4, 128),  # nested, whole segments, three axes to fold
+    ((8, 12), (1, 3), 1, 6, 100),  # not nested, a shorter segment at the end
+    ((7, 13), (2, 3), 3, 2, 50),  # no branch of rate 1: some queries see nothing
+    ((32,), (8,), 1, 3, 77),  # one branch, more offsets than heads
+    ((10, 20), (1, 4), 2, 10, 61),  # heads no multiple of the rate
+    ((64,), (1,), 2, 3, 64),  # dense
+    ((3, 3), (1, 1), 1, 2, 8),  # two equal branches, a shorter segment at the end
+    ((9,), (9,), 1, 12, 40),  # one row a segment and head
+    ((50, 60), (1, 2), 1, 2, 49),  # longer than the sequence
+    ((4, 8, 16), (1, 2, 4), 1, 1, 1),  # one position
+    ((6, 5), (4, 5), 2, 7, 33),  # segments shorter than some offsets at the end
+]
+
+
+def plain(q, k, v, *, causal, **config):
+    """What is held against the oracle for the readable definition."""
+    return dilated.dilated_reference(q, k, v, causal=causal, **config)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head_offsets", dilated.HEAD_OFFSETS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_equals_the_oracle(config, dtype, head_offsets, causal, kernel, device):
+    """Within twice the error of dense attention over the same multiset of keys in the same dtype."""
+    widths, rates, batch, heads, seq_len = config
+    shape = Shape(batch, heads, seq_len, 8, dtype, causal)
+    if kernel == "reference" and dtype != "float32":
+        pytest.skip("the definition is tested in one type")
+    named = None if kernel == "reference" else kernel
+    variant = dilated.variant("dilated", widths, rates, head_offsets, named)
+    if kernel == "reference":
+        config = {"segment_lengths": widths, "dilation_rates": rates, "head_offsets": head_offsets}
+        variant = replace(variant, fn=partial(plain, **config), needs=lambda shape, device: None)
+    if reason := variant.needs(shape, device):
+        pytest.skip(reason)
+    found = compared(variant, shape, device, draws=max(1, 1000 // math.prod((batch, heads, seq_len))))
+    for what in RESULTS:
+        assert found[f"{what}_of_reference"] <= 2, what
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("head_offsets", dilated.HEAD_OFFSETS)
+def test_views_hold_every_kept_row_once(config, head_offsets):
+    widths, rates, batch, heads, seq_len = config
+    for width, rate in zip(widths, rates, strict=True):
+        times = torch.zeros(batch, heads, seq_len)
+        for view in dilated.views(batch, heads, seq_len, width, rate, head_offsets):
+            view.of(times).add_(1)
+        shape = Shape(batch, heads, seq_len, 1)
+        reach = dilated.reach(shape, segment_lengths=(width,), dilation_rates=(rate,), head_offsets=head_offsets)
+        assert (times == reach.diagonal(dim1=-2, dim2=-1)).all()
+
+
+@pytest.mark.parametrize(("heads", "rate", "count"), [(16, 4, 4), (16, 16, 1), (16, 1, 1), (3, 8, 1), (12, 5, 3)])
+def test_few_views_cover_all_heads(heads, rate, count):
+    """min(r, H/r) where r divides H and the segment; one where r is H or more."""
+    assert len(list(dilated.views(1, heads, 960, 240, rate, "modulo"))) == count
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_pairs_are_those_that_the_oracle_sees(causal):
+    for widths, rates, batch, heads, seq_len in CONFIGS:
+        shape = Shape(batch, heads, seq_len, 8, causal=causal)
+        variant = dilated.variant("dilated", widths, rates)
+        assert shape.evaluate(variant.flops.forward) == 4 * batch * 8 * int(variant.reach(shape).sum())
+
+
+def test_only_output_and_log_sum_exp_are_saved():
+    q, k, v = Shape(1, 4, 512, 16).inputs()
+    o = dilated.dilated(q, k, v, segment_lengths=(64, 128), dilation_rates=(1, 2))
+    mine = [x for x in o.grad_fn.saved_tensors if all(x.data_ptr() != y.data_ptr() for y in (q, k, v))]
+    assert sum(x.untyped_storage().nbytes() for x in mine) == o.nbytes + 4 * 4 * 512
+
+
+@pytest.mark.parametrize("layout", ["BNHD", "expanded gradient", "projection"])
+def test_strides_do_not_matter(layout):
+    config = {"segment_lengths": (16, 48), "dilation_rates": (1, 3), "causal": True}
+    packed = torch.randn(2, 100, 3, 4, 8)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    if layout == "BNHD":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    do = torch.ones(()).expand(q.shape) if layout == "expanded gradient" else torch.randn_like(q)
+    results = []
+    for copy in (torch.Tensor.contiguous, lambda x: x):
+        leaves = [copy(x.detach()).requires_grad_() for x in (q, k, v)]
+        o = dilated.dilated(*leaves, **config)
+        results.append([o, *torch.autograd.grad(o, leaves, copy(do))])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+BAD = [
+    ({"segment_lengths": ()}, "same length"),
+    ({"dilation_rates": (1,)}, "same length"),
+    ({"segment_lengths": (4, 0)}, "positive integers"),
+    ({"dilation_rates": (1, -2)}, "positive integers"),
+    ({"dilation_rates": (1, 2.0)}, "positive integers"),
+    ({"dilation_rates": (1, True)}, "positive integers"),
+    ({"dilation_rates": (1, 9)}, "exceeds its segment"),
+    ({"head_offsets": "random"}, "modulo, grouped"),
+]
+
+
+@pytest.mark.parametrize("fn", [dilated.dilated, dilated.dilated_reference])
+@pytest.mark.parametrize(("change", "message"), BAD, ids=lambda x: str(x))
+def test_bad_configurations_get_one_line(fn, change, message):
+    config = {"segment_lengths": (4, 8), "dilation_rates": (1, 2), **change}
+    with pytest.raises(AttnError, match=message):
+        fn(*Shape(1, 2, 16, 4).inputs(), **config)
+
+
+def test_bad_tensors_get_one_line():
+    config = {"segment_lengths": (4,), "dilation_rates": (1,)}
+    q, k, v = Shape(1, 2, 16, 4).inputs()
+    for bad, message in (
+        ((q, k.half(), v), "same shape, dtype and device"),
+        ((q, k[:, :1], v), "same shape, dtype and device"),
+        ((q[0], k[0], v[0]), r"\[B, H, N, D\]"),
+        ([x[:, :0] for x in (q, k, v)], "no size zero"),
+        ([x.int() for x in (q, k, v)], "floating-point"),
+        ([x.double() for x in (q, k, v)], "dtype must be one of"),
+    ):
+        with pytest.raises(AttnError, match=message):
+            dilated.dilated(*bad, **config)
+
+
+def test_a_kernel_that_cannot_run_there_is_refused():
+    config = {"segment_lengths": (4,), "dilation_rates": (1,)}
+    for kernel, message in (("cudnn", "CUDA"), ("flash9", "kernel must be one of"), ("fa4", "CUDA|pip install")):
+        with pytest.raises(AttnError, match=message):
+            dilated.dilated(*Shape(1, 2, 16, 8).inputs(), **config, kernel=kernel)
+
+
+def test_a_sequence_beyond_memory_is_refused_before_anything_is_allocated():
+    q = torch.zeros(1).expand(1, 8, 10**10, 64)
+    with pytest.raises(AttnError, match="GiB are needed at least"):
+        dilated.dilated(q, q, q, segment_lengths=(2**30,), dilation_rates=(1,))
