@@ -1,0 +1,102 @@
+"""What notebook 03 makes of its rows: counters, names, crossovers in memory, and PyTorch's choice."""
+
+import pandas as pd
+import pytest
+
+from attnlib import VARIANTS, flash_tables, traffic
+from attnlib.core import ACCOUNTS, Shape
+from attnlib.fit import at_length, need
+from attnlib.measure import measure
+
+HEADER = '"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"\n"","","byte","byte"\n'
+SPIN = "cuda::<unnamed>::spin_kernel(long)"
+
+
+def printed(*kernels) -> str:
+    """What ncu prints for kernels, `(name, bytes read, bytes written)`, behind its own remarks."""
+    lines = [f'"{at}","{name}","{read:,}","{written:,}"' for at, (name, read, written) in enumerate(kernels)]
+    return "==PROF== Connected\n" + HEADER + "\n".join(lines) + "\n"
+
+
+def test_counters_are_summed_between_waiting_kernels():
+    text = printed((SPIN, 9, 9), ("a", 1000, 2000), (SPIN, 9, 9), ("b", 10, 20), ("c<int, 2>(x)", 1, 2))
+    forward, backward = traffic.summed(text, ["naive"], Shape(1, 1, 8, 4))
+    assert (forward["dram_bytes"], forward["kernels"]) == (3000, 1)
+    assert (backward["dram_bytes"], backward["kernels"], backward["phase"]) == (33, 2, "backward")
+    assert set(traffic.TRAFFIC) <= set(forward)
+
+
+@pytest.mark.parametrize("text", ["", "==ERROR== ERR_NVGPUCTRPERM", printed(), printed((SPIN, 1, 1), ("a", 1, 1))])
+def test_without_counters_there_are_no_rows(text):
+    assert traffic.summed(text, ["naive"], Shape(1, 1, 8, 4)) == []
+
+
+def test_without_the_profiler_there_are_no_rows(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert traffic.measured(["naive"], Shape(1, 1, 8, 4), "cuda:0") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("void pytorch_flash::flash_fwd_kernel<Traits<64, 128>, false>(Params)", "flash_fwd_kernel"),
+        (
+            "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(AttentionKernel<x>::Params)",
+            "fmha_cutlassF_bf16_aligned_64x64_rf_sm80",
+        ),
+        ("aten::bmm", "bmm"),
+    ],
+)
+def test_names_of_kernels_are_shortened(name, short):
+    assert flash_tables.kernel(name) == short
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_the_crossover_in_memory_is_where_the_laws_cross(phase):
+    shape = Shape(1, 8, 1, 64, "bfloat16")
+    n = flash_tables.memory_crossover("naive", "sdpa_flash", shape, phase, "cuda")
+    sizes = [
+        [need(VARIANTS[v], at_length(shape, m), phase, "cuda") for v in ("naive", "sdpa_flash")] for m in (n - 1, n)
+    ]
+    assert sizes[0][1] >= sizes[0][0] and sizes[1][1] < sizes[1][0]
+
+
+def test_a_crossover_outside_the_lengths_tried_says_so():
+    cell = {"shortest": 16, "longest": 1024}
+    assert [flash_tables.length(n, cell) for n in (16.0, 99.6, float("inf"))] == ["≤ 16", "100", "> 1024"]
+
+
+def test_the_pick_is_told_from_the_kernel_that_ran():
+    sizes = {"head_dim": 64, "causal": False, "seq_len": 512, "phase": "forward"}
+    rows = [
+        {"variant": "sdpa_default", "kernel": "void f<1>(x)", "of_default": 1.0},
+        {"variant": "sdpa_flash", "kernel": "void f<1>(x)", "of_default": 1.0},
+        {"variant": "sdpa_cudnn", "kernel": "g", "of_default": 1.5},
+        {"variant": "fa4", "kernel": "h", "of_default": 2.0},
+    ]
+    rows = pd.DataFrame(rows).assign(**sizes, of_default_low=1.0, of_default_high=2.0)
+    (found,) = flash_tables.picks(rows).to_dict("records")
+    assert (found["picked"], found["fastest"], found["of_default"]) == ("sdpa_flash", "sdpa_cudnn", 1.5)
+
+
+def test_a_row_names_the_kernel_of_the_attention_alone(device):
+    from attnlib.block import in_block
+
+    shape = Shape(1, 4, 256, 64, "bfloat16")
+    row = measure(in_block(VARIANTS["sdpa_flash"]), shape, device, budget_s=0.05)
+    assert ("flash_fwd" if device == "cuda" else "flash_attention_for_cpu") in row["kernel"]
+
+
+def test_the_ledger_stands_in_for_counters():
+    shape = Shape(1, 2, 256, 64)
+    rows = flash_tables.intensity(flash_tables.ledgered(["naive", "sdpa_flash"], shape, "cpu")).set_index(
+        ["variant", "phase"]
+    )
+    assert rows.loc[("sdpa_flash", "forward"), "dram_bytes"] == 4 * 4 * 2 * 256 * 64 + 4 * 2 * 256
+    assert rows.loc[("sdpa_flash", "forward"), "intensity"] > rows.loc[("naive", "forward"), "intensity"]
+
+
+def test_agreement_counts_points_that_equal_the_law():
+    columns = {f"{account}_{what}bytes": [10, 20] for account in ACCOUNTS for what in ("", "law_")}
+    rows = pd.DataFrame(columns).assign(saved_bytes=[10, 21], backward_peak_bytes=[10, float("nan")])
+    assert flash_tables.agreement(rows, "cuda") == {"saved": (2, 1), "forward_peak": (2, 2), "backward_peak": (1, 1)}
