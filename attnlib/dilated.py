@@ -24,6 +24,7 @@ import torch
 from attnlib.core import AttnError, B, D, H, N, Phases, Shape, Variant, c
 from attnlib.device import memory_free
 from attnlib.kernels import Kernel, chosen
+from attnlib.merging import add, merge
 
 HEAD_OFFSETS = ("modulo", "grouped")
 
@@ -173,13 +174,6 @@ def spread(part: torch.Tensor, view: View, like: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def merge(o, lse, part, part_lse):
-    """Bring a part, attention over other keys, into the output and log-sum-exp of the same rows, in place."""
-    weight = torch.sigmoid(part_lse - lse)
-    o.lerp_(part, weight.to(o.dtype).unsqueeze(-1))  # nothing is rounded where both are equal
-    torch.logaddexp(lse, part_lse, out=lse)
-
-
 class _Dilated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, branches: list[View], causal: bool, kernel: Kernel):
@@ -205,7 +199,7 @@ class _Dilated(torch.autograd.Function):
         grads = [spread(part, first, q) for part in parts(first)]
         for view in others:
             for grad, part in zip(grads, parts(view), strict=True):
-                view.of(grad).add_(part)
+                add(view.of(grad), part)
         return *grads, None, None, None
 
 
