@@ -101,6 +101,24 @@ def picks(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def choice(rows: pd.DataFrame) -> list[str]:
+    """How good PyTorch's pick is, in sentences: among its own kernels, and beside packages outside."""
+    found, last = picks(rows), rows[rows["seq_len"] == rows["seq_len"].max()]
+    better = found[(found["of_default_low"] > 1) & (found["of_default"] > 1.02)]["of_default"]
+    gain = (
+        f"by {better.max():.2f} times at most, {better.median():.2f} in the median of those" if len(better) else "none"
+    )
+    said = [f"Races that another kernel of PyTorch's wins by more than 2 %: {len(better)} of {len(found)} ({gain})."]
+    for name in [name for name in rows["variant"].unique() if not name.startswith("sdpa_")]:
+        won, at_last = ((part[part["variant"] == name]) for part in (rows, last))
+        wins, ends = int((won["of_default_low"] > 1).sum()), at_last["of_default"]
+        said.append(
+            f"Outside PyTorch, `{name}` wins {wins} of {len(won)} races against the default; at the longest sequence "
+            f"it is {ends.min():.2f} to {ends.max():.2f} times as fast."
+        )
+    return said
+
+
 def default(rows: pd.DataFrame):
     """`picks` as a table."""
     found = picks(rows)
@@ -108,6 +126,19 @@ def default(rows: pd.DataFrame):
     frame = found.assign(mask=mask(found), gain=gain)
     frame = frame[["head_dim", "mask", "seq_len", "phase", "picked", "fastest", "gain"]]
     return table(frame.rename(columns={"picked": "PyTorch picks", "gain": "the fastest is faster by"}))
+
+
+def worst(rows: pd.DataFrame | dict) -> float:
+    """The largest error over that of the reference, in rows of accuracy.compared or one of them."""
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame([rows])
+    return frame[[f"{r}_of_reference" for r in RESULTS]].max(axis=None)
+
+
+def errors_over_naive(rows: pd.DataFrame, name: str, dtype: str) -> tuple[float, float]:
+    """The smallest and the largest error of a variant over that of `naive`, over RESULTS and masks."""
+    errors = rows[rows["dtype"] == dtype].set_index(["variant", "causal"])[[f"{r}_error" for r in RESULTS]].sort_index()
+    over = errors.loc[name] / errors.loc["naive"]
+    return over.min(axis=None), over.max(axis=None)
 
 
 def accuracy(rows: pd.DataFrame):
@@ -145,6 +176,32 @@ def crossovers(cells: pd.DataFrame):
         found.append(row)
     ratios = [column for column in found[0] if column.startswith("ratio")]
     return table(pd.DataFrame(found), dict.fromkeys(ratios, "{:.2f}×"))
+
+
+def settled(cells: pd.DataFrame) -> list[str]:
+    """For each dtype a sentence: in how many cells flash wins from the shortest length on, in both runs."""
+    latest = cells.groupby(["dtype", "head_dim", "phase"], sort=False)[["seq_len", "shortest"]].max()
+    wins = (latest["seq_len"] <= latest["shortest"]).groupby("dtype", sort=False)
+    return [
+        f"In {t} flash wins from the shortest length on in {n} of {len(wins.get_group(t))} cells."
+        for t, n in wins.sum().items()
+    ]
+
+
+def losses(ends: pd.DataFrame) -> list[str]:
+    """A sentence for each duel that flash lost, the whole interval below one."""
+    return [
+        f"A negative result, and it stays: in {r.dtype} at D = {r.head_dim}, {r.phase}, `{r.second}` is *slower* at "
+        f"N = {r.seq_len}: {r.ratio:.2f} [{r.low:.2f}, {r.high:.2f}]."
+        for r in ends[ends["high"] < 1].itertuples()
+    ]
+
+
+def growth(duels: pd.DataFrame) -> float:
+    """The most that any median time grows from the shortest length of duels to four times that."""
+    short = duels[duels["seq_len"] <= 4 * duels["seq_len"].min()].sort_values("seq_len")
+    times = short.groupby(["dtype", "head_dim", "phase"])[["first_ms", "second_ms"]]
+    return (times.last() / times.first()).max(axis=None)
 
 
 def reproduced(cells: pd.DataFrame) -> tuple[int, int]:

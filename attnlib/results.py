@@ -1,6 +1,7 @@
 """From data to a report: measure or load the rows, check the claims, keep the figures."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -244,6 +245,15 @@ class Run:
         holds = bool(predicted == measured if holds is None else holds)
         print(f"{'holds' if holds else 'FAILS'}: {text} (predicted {predicted}, measured {measured})")
         self.claims.append({"claim": text, "predicted": predicted, "measured": measured, "holds": holds})
+
+    def bound(self, text: str, measured: float, *, least: float = -math.inf, most: float = math.inf, form: str = ".2f"):
+        """The claim that a figure lies between `least` and `most`."""
+        limits = [
+            f"{word} {limit:{form}}"
+            for word, limit in (("at least", least), ("at most", most))
+            if abs(limit) < math.inf
+        ]
+        self.claim(text, " and ".join(limits), f"{measured:{form}}", bool(least <= measured <= most))
 
     def close(self):
         """Write this notebook's claims to data/<device>/claims.csv. Raises AttnError if one does not hold."""
