@@ -17,6 +17,7 @@ from attnlib.measure import POINT
 from attnlib.memory import ledger, observe, reached
 from attnlib.sweep import Worker, leave_with_parent
 
+MOST = 100_000  # random sizes in one check: days of work
 BLOCK = 512  # the CUDA caching allocator hands out multiples of this many bytes
 SOURCES = ("law", "ledger", "requested")
 SEEN = [f"{account}_{kind}_bytes" for account in ACCOUNTS for kind in ("requested", "allocated")]
@@ -28,10 +29,10 @@ WRAPPED = 16
 def draw(seed: int, count: int) -> list[Shape]:
     """`count` random sizes (B and H 1 to 9, N 1 to 3000, D 1 to 256), each in every dtype, causal or not.
 
-    Raises AttnError if `count` is not positive.
+    Raises AttnError if `count` is not positive, or beyond reason.
     """
-    if count < 1:
-        raise AttnError(f"count must be a positive integer, not {count}")
+    if not 1 <= count <= MOST:
+        raise AttnError(f"count must be an integer from 1 to {MOST}, not {count}")
     pick = random.Random(seed).randint
     sizes = [(pick(1, 9), pick(1, 9), pick(1, 3000), pick(1, 256)) for _ in range(count)]
     return [Shape(*size, dtype, causal) for size in sizes for dtype in DTYPES for causal in (False, True)]

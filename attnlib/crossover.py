@@ -2,7 +2,8 @@
 
 What is compared alternates, in an order drawn for each round, so that a clock that sags slows all alike. An interval is
 a bootstrap over batches, each with inputs of its own, and over the rounds within them (Efron and Tibshirani 1993, "An
-Introduction to the Bootstrap", chapter 13), so that it holds for another run and not for this one alone.
+Introduction to the Bootstrap", chapter 13). What differs between processes, such as the pace of launches, it does not
+cover; a second run shows that.
 """
 
 import math

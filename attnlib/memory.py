@@ -6,6 +6,7 @@ import os
 import sys
 import weakref
 from collections import Counter
+from concurrent.futures import BrokenExecutor
 from functools import partial
 
 import torch
@@ -270,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         shape = Shape(options.batch, options.heads, 1, options.head_dim, options.dtype, options.causal)
         phase = "forward" if options.inference else "backward"
         print(fit.describe(variant(options.variant), shape, fit.nbytes(options.memory), phase, options.device))
-    except (AttnError, WorkerDied) as error:
+    except (AttnError, WorkerDied, BrokenExecutor) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

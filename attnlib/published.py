@@ -29,6 +29,7 @@ MEANING = {
 }
 
 SHAPE = ("batch", "heads", "seq_len", "head_dim", "dtype")
+STATUSES = ("ok", "oom")
 UNITS = {"mib": 2**20, "mb": 10**6}  # bytes, by the end of a column's name
 
 
@@ -47,15 +48,20 @@ def read(path: Path, *figures: str) -> pd.DataFrame:
         raise AttnError(f"cannot read {path}: {error}") from error
     if missing := [column for column in (*SHAPE, "status", *figures) if column not in columns]:
         raise AttnError(f"{path} lacks the column(s) {', '.join(missing)}")
+    if len(set(columns)) < len(columns):
+        raise AttnError(f"{path} names a column twice")
     numeric = [column for column in columns if re.fullmatch(r".*_(ms|ms_std|mib|mb)", column)]
     for number, row in lines:
         if None in row:  # csv's key for what has no column: a comma inside a number
             raise AttnError(f"{path}, line {number}: more cells than columns")
+        if row["status"] not in STATUSES:
+            raise AttnError(f"{path}, line {number}: status {row['status']!r} is none of {', '.join(STATUSES)}")
         for column in numeric:
-            if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", row[column]) and (row[column] or row["status"] == "ok"):
+            if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", row[column]) and (row[column] or row["status"] == "ok"):
                 raise AttnError(f"{path}, line {number}, column {column}: {row[column]!r} is not a number")
         try:
-            row["shape"] = Shape(*(int(row[size]) if row[size].isdecimal() else row[size] for size in SHAPE))
+            sizes = [int(row[size]) if re.fullmatch(r"[0-9]{1,15}", row[size]) else row[size] for size in SHAPE]
+            row["shape"] = Shape(*sizes)
         except AttnError as error:
             raise AttnError(f"{path}, line {number}: {error}") from error
     return pd.DataFrame([row for _, row in lines], columns=[*columns, "shape"])

@@ -149,7 +149,11 @@ def needs_fa4(shape, device):
     """The package flash-attn-4 has to be there; on Hopper it takes half types and D in multiples of 8 up to 256."""
     if not importlib.util.find_spec("flash_attn") or not importlib.util.find_spec("flash_attn.cute"):
         return NO_FA4
-    wide = "FlashAttention-4 takes head_dim in multiples of 8 up to 256" if shape.head_dim % 8 else None
+    wide = (
+        "FlashAttention-4 takes head_dim in multiples of 8 up to 256"
+        if shape.head_dim % 8 or shape.head_dim > 256
+        else None
+    )
     return only_cuda(shape, device, HALF, (9, 0), "FlashAttention-4") or wide
 
 

@@ -60,13 +60,19 @@ def summed(text: str, names: list[str], shape: Shape) -> list[dict]:
     start = text.find('"ID"')
     if start < 0:
         return []
-    table = pd.read_csv(io.StringIO(text[start:]), dtype=str, usecols=["Kernel Name", *METRICS], thousands=",")
+    lines = [line for line in text[start:].splitlines() if line.startswith('"')]
+    table = pd.read_csv(io.StringIO("\n".join(lines)), dtype=str)
+    if not {"Kernel Name", *METRICS} <= set(table) or not (table.loc[:0, list(METRICS)] == "byte").all(axis=None):
+        return []
     table = table.iloc[1:]  # the line under the header holds the units
-    moved = sum(table[metric].str.replace(",", "").astype(float) for metric in METRICS)
+    counts = [pd.to_numeric(table[metric].str.replace(",", ""), errors="coerce") for metric in METRICS]
+    moved = sum(counts)
+    if moved.isna().any():
+        return []
     waiting = table["Kernel Name"].str.contains("spin_kernel")
     place = waiting.cumsum() - 1
     sums, kernels = moved[~waiting].groupby(place).sum(), (~waiting).groupby(place).sum()
-    if len(sums) != len(PHASES) * len(names):
+    if list(sums.index) != list(range(len(PHASES) * len(names))):
         return []
     keys = [(name, phase) for name in names for phase in PHASES]
     return [

@@ -26,6 +26,17 @@ def test_counters_are_summed_between_waiting_kernels():
     assert set(traffic.TRAFFIC) <= set(forward)
 
 
+WHOLE = printed((SPIN, 9, 9), ("a", 1, 2), (SPIN, 9, 9), ("b", 1, 2))
+
+
+@pytest.mark.parametrize(
+    "damage", [('"byte"', '"Mbyte"'), ('"2"', '"n/a"'), ("dram__bytes_write.sum", "other"), ('"b"', '"spin_kernel"')]
+)
+def test_damaged_counters_are_no_rows(damage):
+    assert traffic.summed(WHOLE, ["naive"], Shape(1, 1, 8, 4))
+    assert traffic.summed(WHOLE.replace(*damage), ["naive"], Shape(1, 1, 8, 4)) == []
+
+
 @pytest.mark.parametrize("text", ["", "==ERROR== ERR_NVGPUCTRPERM", printed(), printed((SPIN, 1, 1), ("a", 1, 1))])
 def test_without_counters_there_are_no_rows(text):
     assert traffic.summed(text, ["naive"], Shape(1, 1, 8, 4)) == []
