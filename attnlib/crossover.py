@@ -22,8 +22,19 @@ from attnlib.sweep import Worker
 BATCHES, DRAWS = 5, 1000
 LEVEL = 0.99  # of the intervals: a table of a few dozen shall hold as a whole
 RATIO = ["ratio", "low", "high"]
-DUEL = ["batch", "heads", "seq_len", "head_dim", "first_ms", "second_ms", *RATIO, "rounds"]  # numbers of a duel's row
-RACE = ["seq_len", "head_dim", "ms", "do_bench_ms", "gemm_ms", "share", "of_default", "of_default_low"]  # of a race's
+DUEL = [
+    "batch",
+    "heads",
+    "seq_len",
+    "head_dim",
+    "first_ms",
+    "second_ms",
+    *RATIO,
+    "rounds",
+    "run",
+]  # numbers of a duel's row
+RACE = ["seq_len", "head_dim", "ms", "do_bench_ms", "gemm_ms", "share", "of_default", "of_default_low"]
+RACE += ["of_default_high", "gemm_tflop_s"]  # numbers of a race's row
 
 
 def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -> Callable:

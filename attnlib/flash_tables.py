@@ -152,8 +152,8 @@ def accuracy(rows: pd.DataFrame):
         errors = {r: (row[f"{r}_error"], base.loc[row["dtype"], f"{r}_error"]) for r in RESULTS}
         cells = {r: f"{mine:.1e} ({mine / theirs:.2f}×)" for r, (mine, theirs) in errors.items()}
         same = rows[(rows["variant"] == row["variant"]) & (rows["dtype"] == row["dtype"])]
-        worst = same[[f"{r}_of_reference" for r in RESULTS]].max(axis=None)
-        found.append({"dtype": row["dtype"], "variant": row["variant"], **cells, "of the reference": f"{worst:.2f}×"})
+        names = {"dtype": row["dtype"], "variant": row["variant"]}
+        found.append({**names, **cells, "of the reference": f"{worst(same):.2f}×"})
     return table(pd.DataFrame(found))
 
 
