@@ -108,12 +108,15 @@ def rows_of(path: Path, numbers: Iterable[str] = ()) -> pd.DataFrame:
 def machine_of(folder: str, prefix: str = "") -> dict:
     """The machine that the first CSV of data/<folder>/ whose name starts with `prefix` was measured on.
 
-    Raises AttnError if there is no such data.
+    Its `date` names the day of each of these CSVs. Raises AttnError if there is no such data.
     """
     machines(ROOT / "data" / folder)
-    for path in sorted((ROOT / "data" / folder).glob(f"{prefix or '[0-9]'}*.csv")):
-        return rows_of(path).attrs["machine"]
-    raise AttnError(f"data/{folder} has no CSV {prefix}*.csv")
+    paths = sorted((ROOT / "data" / folder).glob(f"{prefix or '[0-9]'}*.csv"))
+    if not paths:
+        raise AttnError(f"data/{folder} has no CSV {prefix}*.csv")
+    machine = rows_of(paths[0]).attrs["machine"]
+    days = {machine.get("dates", {}).get(path.stem, machine["date"]) for path in paths}
+    return machine | {"date": " and ".join(sorted(days))}
 
 
 def load(device: str, name: str) -> pd.DataFrame:
@@ -184,7 +187,7 @@ class Run:
         """
         name = f"{self.notebook[:2]}_{name}"
         if not self.replay:
-            self._introduce()
+            self._introduce(name)
             path = ROOT / "data" / self.folder / f"{name}.csv"
             limits = {"budget_s": budget_s or self.profile.budget_s, "timeout_s": self.profile.timeout_s}
             sweep(points, path, self.machine, device=self.device, worker=self.worker, **limits)
@@ -206,7 +209,7 @@ class Run:
         if not self.replay:
             self.worker.stop()
             frame = pd.DataFrame(rows).assign(machine=self.machine["machine"], torch=self.machine["torch"])
-            self._introduce()
+            self._introduce(path.stem)
             write(path, frame.to_csv(index=False))
         return rows_of(path, numbers)
 
@@ -215,12 +218,14 @@ class Run:
         folder = ROOT / "data" / self.folder
         return machines(folder) if (folder / "machine.json").exists() else {}
 
-    def _introduce(self):
-        """Describe this machine in the folder's machine.json, beside those whose rows are still there."""
+    def _introduce(self, name: str):
+        """Describe this machine in the folder's machine.json, beside those whose rows are still there, and say there
+        that <name>.csv is measured today (`dates`)."""
         folder, me = ROOT / "data" / self.folder, self.machine["machine"]
         texts = [path.read_text() for path in folder.glob("*.csv")]
         kept = {one: facts for one, facts in self._known().items() if one != me and any(one in text for text in texts)}
-        write(folder / "machine.json", json.dumps({**kept, me: self.machine}, indent=1) + "\n")
+        dates = self._known().get(me, {}).get("dates", {}) | {name: self.machine["date"]}
+        write(folder / "machine.json", json.dumps({**kept, me: self.machine | {"dates": dates}}, indent=1) + "\n")
 
     def agreement(self, name: str) -> pd.DataFrame | None:
         """The pairs of 0.1 ms and more that tests/agreement.py left for this very machine, or None."""

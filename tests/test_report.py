@@ -193,3 +193,14 @@ def test_a_damaged_machine_json_is_refused(monkeypatch, tmp_path, text):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     with pytest.raises(AttnError, match="damaged"):
         results.machines(tmp_path / "data" / "x")
+
+
+def test_a_report_names_each_day_that_its_data_were_measured(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "data" / "nvidia-h200", tmp_path / "data" / "nvidia-h200")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    path = tmp_path / "data" / "nvidia-h200" / "machine.json"
+    ((name, facts),) = json.loads(path.read_text()).items()
+    facts["dates"] = {"01_naive_sweep": "2026-01-02", "01_options": "2026-01-03"}
+    path.write_text(json.dumps({name: facts}))
+    assert results.machine_of("nvidia-h200", "01")["date"] == "2026-01-02 and 2026-01-03"
+    assert results.machine_of("nvidia-h200", "03")["date"] == facts["date"]
