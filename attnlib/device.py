@@ -19,6 +19,7 @@ from torch.utils.benchmark import Timer
 from attnlib.core import DTYPES, AttnError
 
 PASSES = 100  # the published protocol's number of timed passes
+WAIT_CYCLES = 1_000_000  # half a millisecond: longer than a host takes to launch one pass of any variant
 CACHE_BYTES = 256 * 2**20  # overwritten before each pass, more than any cache holds, as triton's do_bench does
 
 
@@ -109,7 +110,11 @@ def state(device: str) -> dict:
 
 
 def milliseconds(functions: list, rounds: int, device: str) -> np.ndarray:
-    """`[rounds, len(functions)]`: each call's time, the functions taking turns in an order drawn for each round."""
+    """`[rounds, len(functions)]`: each call's time, the functions taking turns in an order drawn for each round.
+
+    On CUDA the device's alone: each call is queued as a whole behind a kernel that waits, so that it does not matter
+    how fast the host launches kernels.
+    """
     times, order = np.zeros((rounds, len(functions))), list(range(len(functions)))
     flush = None if device == "cpu" else torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
     marks = []
@@ -122,6 +127,7 @@ def milliseconds(functions: list, rounds: int, device: str) -> np.ndarray:
                 times[turn, which] = (time.perf_counter_ns() - begun) / 1e6
             else:
                 flush.zero_()
+                torch.cuda._sleep(WAIT_CYCLES)
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 functions[which]()
