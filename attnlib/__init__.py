@@ -1,6 +1,6 @@
 """attnlib: attention variants, what is known about each before it runs, and the means to measure them."""
 
-from attnlib import dilated, naive, sdpa, tiled
+from attnlib import dilated, naive, sdpa, sparse, tiled
 from attnlib.core import AttnError, Variant
 
 NAIVE = {variant.name: variant for variant in (naive.CUSTOM, naive.NAIVE, naive.WEIGHTS_ONLY, naive.RECOMPUTE)}
@@ -17,7 +17,7 @@ FUSED = {
         tiled.TILED,
     )
 }
-SPARSE = {variant.name: variant for variant in (dilated.DILATED,)}
+SPARSE = {variant.name: variant for variant in (dilated.DILATED, sparse.WINDOW, sparse.STRIDED, sparse.RANDOM)}
 VARIANTS = NAIVE | FUSED | SPARSE
 
 

@@ -16,7 +16,7 @@ import torch
 
 from attnlib import VARIANTS
 from attnlib import device as dev
-from attnlib.core import Shape, Variant, useful_flops
+from attnlib.core import Shape, Variant, dense_reach, useful_flops
 from attnlib.sweep import Worker
 
 BATCHES, DRAWS = 5, 1000
@@ -126,6 +126,34 @@ def race(shape: Shape, device: str, phase: str, names: list[str], budget_s: floa
         row |= {"of_default": won, "of_default_low": low, "of_default_high": high}
         found.append(row | {"do_bench_ms": None if device == "cpu" else reference_ms(call)})
     return found
+
+
+def work(variant: Variant, shape: Shape, phase: str) -> int:
+    """The useful operations of a variant: core.useful_flops if it is dense, else its own formula."""
+    if variant.reach is dense_reach:
+        return useful_flops(shape, phase)
+    return shape.evaluate(getattr(variant.flops, phase))
+
+
+def heat(entries: list[tuple[Variant, Shape]], device: str, phase: str, budget_s: float) -> list[dict]:
+    """A row for each `(variant, shape)`, all taking turns: the shape's columns, `phase, variant, ms, tflop_s`."""
+
+    def contestants(seed):
+        return [passes(variant, shape, device, phase, seed) for variant, shape in entries]
+
+    found = []
+    for (variant, shape), ms in zip(entries, medians(batches(contestants, device, budget_s)), strict=True):
+        row = {**shape.columns(), "phase": phase, "variant": variant.name, "ms": ms}
+        found.append(row | {"tflop_s": work(variant, shape, phase) / ms / 1e9})
+    return found
+
+
+def heats(groups: list[list[tuple[Variant, Shape]]], device: str, budget_s: float) -> Iterator[dict]:
+    """The rows of `heat` for each group, forward and backward, in a worker."""
+    with Worker() as worker:
+        for entries in groups:
+            for phase in ("forward", "backward"):
+                yield from worker.call(heat, entries, device, phase, budget_s)
 
 
 def reference_ms(fn) -> float:

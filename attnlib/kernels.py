@@ -7,26 +7,34 @@ strides with D contiguous; a log-sum-exp is `[b, h, n]` in float32. Nothing rand
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import sympy
 import torch
 
 from attnlib import sdpa
+from attnlib import sdpa_laws as laws
 from attnlib.core import AttnError, Shape
+from attnlib.naive import ROWS
 
 aten = torch.ops.aten
-NONE = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Kernel:
     """forward: `(q, k, v, causal) -> (o, lse)`. backward: `(do, q, k, v, o, lse, causal) -> (dq, dk, dv)`.
 
-    needs: `(shape, device) -> None`, or the reason why it cannot run there.
+    needs: `(shape, device) -> None`, or the reason why it cannot run there. The rest is its memory, as formulas:
+    lse_bytes, of the log-sum-exp as allocated; forward_bytes and backward_bytes, what it takes beyond its results;
+    copies, how many tensors backward copies where rows are not contiguous.
     """
 
     name: str
     forward: Callable
     backward: Callable
     needs: Callable
+    forward_bytes: sympy.Expr
+    backward_bytes: sympy.Expr
+    copies: int = 0
+    lse_bytes: sympy.Expr = ROWS
 
 
 def _cpu_forward(q, k, v, causal):
@@ -34,7 +42,7 @@ def _cpu_forward(q, k, v, causal):
 
 
 def _cpu_backward(do, q, k, v, o, lse, causal):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse.contiguous(), 0.0, causal)
 
 
 def _flash_forward(q, k, v, causal):
@@ -42,11 +50,17 @@ def _flash_forward(q, k, v, causal):
 
 
 def _flash_backward(do, q, k, v, o, lse, causal):
+    # it copies do and o unless they are contiguous as [b, n, h, D]: whole heads in segments are, as a batch of one head
+    b, h = q.shape[:2]
+    whole = all(x.transpose(0, 1).is_contiguous() for x in (do, q, k, v, o))
+    if whole:
+        do, q, k, v, o, lse = (x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in (do, q, k, v, o, lse))
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a generator that dropout 0 never asks
     lengths = None, None, q.shape[2], k.shape[2]
-    return aten._scaled_dot_product_flash_attention_backward(
-        do, q, k, v, o, lse, *lengths, 0.0, causal, seed, torch.empty(0, dtype=torch.uint64, device=q.device)
+    grads = aten._scaled_dot_product_flash_attention_backward(
+        do, q, k, v, o, lse.contiguous(), *lengths, 0.0, causal, seed, torch.empty(0, dtype=seed.dtype, device=q.device)
     )
+    return [x.squeeze(1).unflatten(0, (h, b)).transpose(0, 1) for x in grads] if whole else grads
 
 
 def _cudnn_forward(q, k, v, causal):
@@ -58,7 +72,7 @@ def _cudnn_backward(do, q, k, v, o, lse, causal):
     seed = torch.zeros(2, dtype=torch.int64, device=q.device)
     lengths = None, None, q.shape[2], k.shape[2]
     return aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, o, lse.unsqueeze(-1), seed[0], seed[1], None, *lengths, 0.0, causal
+        do, q, k, v, o, lse.contiguous().unsqueeze(-1), seed[0], seed[1], None, *lengths, 0.0, causal
     )
 
 
@@ -68,7 +82,7 @@ def _efficient_forward(q, k, v, causal):
 
 
 def _efficient_backward(do, q, k, v, o, lse, causal):
-    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+    padded = torch.nn.functional.pad(lse.contiguous(), (0, -lse.shape[-1] % 32), value=float("inf"))
     seed = torch.zeros(2, dtype=torch.int64)
     return aten._scaled_dot_product_efficient_attention_backward(
         do, q, k, v, None, o, padded, seed[0], seed[1], 0.0, [True, True, True, False], causal
@@ -86,7 +100,7 @@ def _fa4_backward(do, q, k, v, o, lse, causal):
     from flash_attn.cute.interface import _flash_attn_bwd
 
     rows = (x.transpose(1, 2) for x in (q, k, v, o, do))
-    return tuple(x.transpose(1, 2) for x in _flash_attn_bwd(*rows, lse, causal=causal)[:3])
+    return tuple(x.transpose(1, 2) for x in _flash_attn_bwd(*rows, lse.contiguous(), causal=causal)[:3])
 
 
 def _needs_cpu(shape, device):
@@ -102,14 +116,38 @@ def _needs_flash(shape, device):
     )
 
 
+# 16 and 24 bytes: the state of a random generator that dropout 0 never asks
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("cpu", _cpu_forward, _cpu_backward, _needs_cpu),
-        Kernel("fa4", _fa4_forward, _fa4_backward, sdpa.needs_fa4),
-        Kernel("cudnn", _cudnn_forward, _cudnn_backward, sdpa.needs_cudnn),
-        Kernel("flash", _flash_forward, _flash_backward, _needs_flash),
-        Kernel("efficient", _efficient_forward, _efficient_backward, sdpa.needs_efficient),
+        Kernel("cpu", _cpu_forward, _cpu_backward, _needs_cpu, laws.TILES, laws.TILES_BACKWARD, 1),
+        Kernel("fa4", _fa4_forward, _fa4_backward, sdpa.needs_fa4, sympy.Integer(0), sum(laws.FA4_TAKES.values())),
+        Kernel(
+            "cudnn",
+            _cudnn_forward,
+            _cudnn_backward,
+            sdpa.needs_cudnn,
+            laws.ENGINE + 16,
+            sum(laws.CUDNN_BACKWARD.values()) + 16,
+        ),
+        Kernel(
+            "flash",
+            _flash_forward,
+            _flash_backward,
+            _needs_flash,
+            laws.PARTIAL + 24,
+            sum(laws.FLASH_TAKES.values()) + 16,
+            2,
+        ),
+        Kernel(
+            "efficient",
+            _efficient_forward,
+            _efficient_backward,
+            sdpa.needs_efficient,
+            laws.WIDE,
+            laws.EFFICIENT_TAKES + laws.ROWS32,
+            lse_bytes=laws.ROWS32,
+        ),
     )
 }
 

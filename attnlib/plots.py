@@ -240,10 +240,10 @@ def roofline(points, *, copy_gb_s, product_tflop_s, device):
     return figure
 
 
-def ratios(rows, *, device):
+def ratios(rows, *, device, ylabel="naive ÷ flash"):
     """How many times as long the first variant of a duel takes as the second, against N, with the interval as a band;
     one panel per phase, one line per dtype and head_dim."""
-    figure, axes = panels(("forward", "backward"), xs=rows["seq_len"], device=device, ylabel="naive ÷ flash")
+    figure, axes = panels(("forward", "backward"), xs=rows["seq_len"], device=device, ylabel=ylabel)
     for ax, phase in zip(axes, ("forward", "backward"), strict=True):
         ax.axhline(1, color="black", lw=0.8, ls=":")
         lines = rows[rows["phase"] == phase].groupby(["dtype", "head_dim"], sort=False)
@@ -253,4 +253,39 @@ def ratios(rows, *, device):
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}×"))
         ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}×" if round(y, 9) in (0.5, 2, 3, 5) else ""))
     legend(figure, axes[0])
+    return figure
+
+
+def patterns(reaches, *, counts):
+    """Who sees whom: one square per `{title: [N, N] tensor}`, queries down and keys across, darker where seen in more
+    of up to `counts` branches."""
+    figure, axes = plt.subplots(
+        1, len(reaches), figsize=(WIDTH, WIDTH / len(reaches) + 0.5), squeeze=False, layout="constrained"
+    )
+    for ax, (title, seen) in zip(axes[0], reaches.items(), strict=True):
+        ax.imshow(seen, cmap="Blues", vmin=0, vmax=counts, interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[], xlabel="keys")
+    axes[0][0].set_ylabel("queries")
+    return figure
+
+
+def per_token(rows, columns, *, device, ylabel):
+    """`columns` ({title: column}) against N on log-log axes, one panel each, a line per `label` of the rows."""
+    figure, axes = panels(columns, xs=rows["seq_len"], device=device, ylabel=ylabel)
+    for ax, column in zip(axes, columns.values(), strict=True):
+        for colour, (label, line) in zip(
+            sns.color_palette("colorblind"), rows.dropna(subset=[column]).groupby("label", sort=False), strict=False
+        ):
+            ax.plot(line["seq_len"], line[column], "o-", color=colour, ms=3, lw=1, label=label)
+    legend(figure, axes[0])
+    return figure
+
+
+def reached(shares, *, device):
+    """The share of pairs that see each other against their distance, a line per `{label: (distances, shares)}`."""
+    figure, ax = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+    for colour, (label, (distances, share)) in zip(sns.color_palette("colorblind"), shares.items(), strict=False):
+        ax.plot(distances, share, "-", color=colour, lw=1, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="distance |i − j| (from)", ylabel="share of pairs seen", title=device)
+    legend(figure, ax)
     return figure

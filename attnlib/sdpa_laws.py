@@ -55,12 +55,12 @@ TILES = (1 - g) * (4 * t * (QS * KS + 2 * QS + QS * D) + h * 2 * t * QS * KS)
 TILES_BACKWARD = (1 - g) * (8 * t * QS * KS + h * 4 * t * QS * KS + 4 * QS)
 OUTPUT = g * PADDED + (1 - g) * LINEAR
 FLASH_SAVED = {"output": OUTPUT, "log-sum-exp": ROWS, **SEED, "padded q, k, v": 3 * g * PAD * PADDED}
-FLASH_BACKWARD = {
-    "contiguous copies of output and gradient": COPIED * (1 + g) * OUTPUT,
+FLASH_TAKES = {
     "dq in float32": g * 4 * B * H * NR * DR,
     "row sums of dO ∘ O": g * 4 * B * H * NR,
     "tiles of the threads": TILES_BACKWARD,
 }
+FLASH_BACKWARD = {"contiguous copies of output and gradient": COPIED * (1 + g) * OUTPUT, **FLASH_TAKES}
 
 FLASH = Law(
     saved=FLASH_SAVED,
@@ -99,7 +99,9 @@ FLOATS = Piecewise(
 ACCUMULATORS = 4 * B * H * up(FLOATS, 4)
 ROW_SUMS = (1 - h) * (LINEAR32 + ROWS + COPIED * ROWS)  # float32: dO ∘ O, its sums, and their copy in another order
 WIDE = h * Piecewise((LINEAR32, D > 128), (0, True))
-EFFICIENT_SAVED = {"output": LINEAR, "log-sum-exp, padded": 4 * B * H * up(N, 32)}
+ROWS32 = 4 * B * H * up(N, 32)
+EFFICIENT_TAKES = Max(ROWS + ACCUMULATORS, ROW_SUMS)
+EFFICIENT_SAVED = {"output": LINEAR, "log-sum-exp, padded": ROWS32}
 EFFICIENT_BACKWARD = {**EFFICIENT_SAVED, "upstream gradient": LINEAR, "dq, dk, dv": 3 * LINEAR}
 
 EFFICIENT = Law(
@@ -111,7 +113,7 @@ EFFICIENT = Law(
     },
     hidden={
         "_scaled_dot_product_efficient_attention": WIDE,
-        "_scaled_dot_product_efficient_attention_backward": Max(ROWS + ACCUMULATORS, ROW_SUMS),
+        "_scaled_dot_product_efficient_attention_backward": EFFICIENT_TAKES,
     },
 )
 
@@ -168,6 +170,10 @@ MATH = Law(
 # the tiles of its backward on Hopper (_tile_size_bwd_sm90 in flash_attn/cute/interface.py)
 NM = up(N, Piecewise((128, D <= 64), (64, D <= 96), (80 - 16 * c, D <= 128), (64, True)))
 FA4_SAVED = {"output": LINEAR, "log-sum-exp": ROWS}
+FA4_TAKES = {
+    "dq in float32": 4 * B * H * NM * Piecewise((up(D, 32), D <= 128), (up(D, 64), True)),
+    "row sums and log-sum-exp, padded": 8 * B * H * NM,
+}
 
 FA4 = Law(
     saved=FA4_SAVED,
@@ -177,8 +183,7 @@ FA4 = Law(
             **FA4_SAVED,
             "upstream gradient": LINEAR,
             "dq, dk, dv": 3 * LINEAR,
-            "dq in float32": 4 * B * H * NM * Piecewise((up(D, 32), D <= 128), (up(D, 64), True)),
-            "row sums and log-sum-exp, padded": 8 * B * H * NM,
+            **FA4_TAKES,
         }
     },
 )

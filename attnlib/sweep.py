@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -119,6 +120,13 @@ def measure_in(worker: Worker, variant: Variant, shape: Shape, device: str, budg
             status, reason = "timeout", str(error)
             break
     return {"variant": variant.name, **shape.columns(), "status": status, "phase": "", "reason": reason}
+
+
+def measured(points: list[tuple[Variant, Shape]], device: str, budget_s: float, timeout_s=300.0) -> Iterator[dict]:
+    """The row of each point, in a worker, where the rows are kept by other means than `sweep`."""
+    with Worker() as worker:
+        for variant, shape in points:
+            yield measure_in(worker, variant, shape, device, budget_s, timeout_s)
 
 
 def key(row: dict) -> tuple:

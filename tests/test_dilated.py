@@ -9,8 +9,9 @@ import torch
 
 from attnlib import dilated
 from attnlib.accuracy import RESULTS, compared
-from attnlib.core import AttnError, Shape
+from attnlib.core import ACCOUNTS, AttnError, Shape
 from attnlib.kernels import KERNELS
+from attnlib.memory import observe
 
 # segment lengths, dilation rates, batch, heads, length
 CONFIGS = [
@@ -82,6 +83,27 @@ def test_pairs_are_those_that_the_oracle_sees(causal):
         shape = Shape(batch, heads, seq_len, 8, causal=causal)
         variant = dilated.variant("dilated", widths, rates)
         assert shape.evaluate(variant.flops.forward) == 4 * batch * 8 * int(variant.reach(shape).sum())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "config", [*CONFIGS, ((64, 128, 256), (1, 2, 4), 1, 4, 512), ((64, 128), (1, 2), 2, 1, 512)], ids=str
+)
+@pytest.mark.parametrize("head_offsets", dilated.HEAD_OFFSETS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_law_equals_the_allocator(config, head_offsets, causal, kernel, device):
+    """Saved bytes and both peaks, to the byte: what the largest call holds, and the kernel's own workspace."""
+    widths, rates, batch, heads, seq_len = config
+    variant = dilated.variant("dilated", widths, rates, head_offsets, kernel)
+    shape = Shape(
+        batch, heads, seq_len, 16, "float32" if device == "cpu" or kernel == "efficient" else "bfloat16", causal
+    )
+    if reason := variant.needs(shape, device):
+        pytest.skip(reason)
+    for size in (shape, shape):  # the first makes the workspaces
+        seen = observe(variant, *size.inputs(device), causal=causal, backward=True)
+    figures = (seen.current["forward"], seen.peak["forward"], seen.peak["backward"])
+    assert figures == tuple(variant.law.bytes(account, shape, device) for account in ACCOUNTS)
 
 
 def test_only_output_and_log_sum_exp_are_saved():

@@ -1,0 +1,103 @@
+"""The memory law of dilated attention: what its largest branch holds, and what the kernel underneath takes for it.
+
+Each branch is one or more calls of a kernel whose own law is known. Which call holds the most depends on its view, so
+the law goes through the views. It is that of contiguous inputs `[B, H, N, D]`; on the CPU, of float32.
+"""
+
+from functools import cache
+
+import sympy
+
+from attnlib.core import B, D, H, Law, N, Shape, c, g, h
+from attnlib.kernels import KERNELS, Kernel, chosen
+from attnlib.naive import LINEAR, ROWS
+from attnlib.views import HEAD_OFFSETS, View, views
+
+PHASES = ("forward", "backward")
+TERMS = ("results of one call", "copies made for its kernel", "workspace")
+
+
+def is_dense(size: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a tensor of this size and these strides is contiguous."""
+    expected = 1
+    for length, stride in reversed([pair for pair in zip(size, strides, strict=True) if pair[0] > 1]):
+        if stride != expected:
+            return False
+        expected *= length
+    return True
+
+
+def terms_of(kernel: Kernel, view: View, shape: Shape, phase: str, device: str) -> tuple[int, int, int]:
+    """TERMS in bytes for a kernel's call on one view in `phase`."""
+    (b, heads, n), width = view.size, shape.head_dim
+    part = Shape(b, heads, n, width, shape.dtype, shape.causal)
+    linear, rows = part.input_bytes // 3, 4 * b * heads * n
+    if phase == "forward":
+        joining = 2 * rows * (device == "cpu")  # the weights of the plain merge
+        workspace = max(part.evaluate(kernel.forward_bytes, device), joining)
+        return linear + part.evaluate(kernel.lse_bytes, device), 0, workspace
+    along_b, along_h, along_n, _ = view.strides((shape.heads * shape.seq_len, shape.seq_len, 1))
+    # FlashAttention-2 also takes whole heads in segments as a batch of one head
+    orders = [((b, n, heads), (along_b, along_n, along_h)), ((heads, b, n), (along_h, along_b, along_n))]
+    dense = [is_dense(*order) for order in orders[: kernel.copies]]
+    copies = 0 if any(dense) else kernel.copies * linear
+    lse = 0 if any(dense[1:]) or is_dense(view.size, (along_b, along_h, along_n)) else rows
+    return 3 * linear, copies + lse, part.evaluate(kernel.backward_bytes, device)
+
+
+@cache
+def _largest(of_first: bool, phase: str, kernel: str | None, shape: Shape, device: str, offsets: str, *config: int):
+    """`terms_of` for the first call, or for that of all others which holds the most, and whether the first call's
+    results are the whole tensors."""
+    half = len(config) // 2
+    branches = sorted(zip(config[:half], config[half:], strict=True), key=lambda pair: pair[1])
+    calls = [v for w, r in branches for v in views(shape.batch, shape.heads, shape.seq_len, w, r, offsets)]
+    underneath = KERNELS[kernel] if kernel else chosen(None, shape, device)
+    rest = calls[:1] if of_first else calls[1:]
+    found = [terms_of(underneath, view, shape, phase, device) for view in rest]
+    b, heads, n = calls[0].size
+    return max(found, key=sum, default=(0, 0, 0)), b * heads * n == shape.batch * shape.heads * shape.seq_len
+
+
+class Call(sympy.Function):
+    """`_largest` as a term of a formula, of numbers alone: what is asked for, the sizes, the configuration."""
+
+    @staticmethod
+    def _imp_(term, phase, of_first, kernel, offsets, *sizes):
+        *size, causal, gpu, half = sizes[:7]
+        shape = Shape(*size, "bfloat16" if half else "float32", bool(causal))
+        name = [None, *KERNELS][kernel]
+        device = "cuda" if gpu else "cpu"
+        found, whole = _largest(bool(of_first), PHASES[phase], name, shape, device, HEAD_OFFSETS[offsets], *sizes[7:])
+        return int(whole) if term == len(TERMS) else found[term]
+
+
+def law(segment_lengths, dilation_rates, head_offsets: str, kernel: str | None) -> Law:
+    """The law of these branches. Saved are the output and one log-sum-exp per row, whatever runs underneath."""
+    names = [None, *KERNELS]
+
+    def call(phase, of_first):
+        how = (PHASES.index(phase), int(of_first), names.index(kernel), HEAD_OFFSETS.index(head_offsets))
+        sizes = (B, H, N, D, c, g, h, *segment_lengths, *dilation_rates)
+        terms = {name: Call(at, *how, *sizes) for at, name in enumerate(TERMS)}
+        return terms, 1 - Call(len(TERMS), *how, *sizes)
+
+    saved = {"output": LINEAR, "log-sum-exp": ROWS}
+    results = TERMS[0]
+    first, spread = call("forward", True)
+    laid_out = {results: first[results], "log-sum-exp": ROWS, "output": spread * LINEAR}
+    first_back, spread_back = call("backward", True)
+    base = {**saved, "upstream gradient": LINEAR}
+    return Law(
+        saved=saved,
+        forward_peak={
+            "first call": first,
+            "its results laid out": laid_out,
+            "another call": {**saved, **call("forward", False)[0]},
+        },
+        backward_peak={
+            "first call": {**base, **first_back},
+            "its results laid out": {**base, results: first_back[results], "dq, dk, dv": 3 * spread_back * LINEAR},
+            "another call": {**base, "dq, dk, dv": 3 * LINEAR, **call("backward", False)[0]},
+        },
+    )

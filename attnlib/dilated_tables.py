@@ -1,0 +1,240 @@
+"""What notebook 04 asks for and makes of the answers: the published points, their tables, and who sees whom."""
+
+import math
+
+import pandas as pd
+import torch
+
+from attnlib import dilated
+from attnlib.core import Shape, Variant
+from attnlib.crossover import work
+from attnlib.results import published
+from attnlib.tables import MIB, NO_FIGURE, digits, size, table
+
+PUBLISHED = "004_gtx1080_dilated"
+TABLES = ("quick", "length", "heads", "batch", "segments")
+FIGURES = [
+    "forward_ms",
+    "backward_ms",
+    "forward_backward_ms",
+    "saved_bytes",
+    "forward_peak_bytes",
+    "backward_peak_bytes",
+]
+
+
+def lists(text: str) -> tuple[int, ...]:
+    """ "1 2 4" as numbers."""
+    return tuple(int(word) for word in text.split())
+
+
+def label(segment_lengths, dilation_rates) -> str:
+    """A configuration in few characters: "w 256, 512 · r 1, 2"."""
+    return f"w {', '.join(map(str, segment_lengths))} · r {', '.join(map(str, dilation_rates))}"
+
+
+def published_points(dtype: str, longest: int) -> list[tuple[Variant, Shape]]:
+    """The points of published report 004 up to a length, in its order, each once, as dilated attention in `dtype`."""
+    rows = published(PUBLISHED)
+    rows = rows[rows["seq_len"] <= longest]
+    found = {}
+    for row in rows.itertuples():
+        config = lists(row.segment_lengths), lists(row.dilation_rates)
+        shape = Shape(row.batch, row.heads, row.seq_len, row.head_dim, dtype)
+        found[(*config, shape)] = (dilated.variant(label(*config), *config), shape)
+    return list(found.values())
+
+
+def beside_published(rows: pd.DataFrame) -> pd.DataFrame:
+    """Report 004's tables with the rows measured here joined to them: columns `_theirs` and `_ours`."""
+    theirs = published(PUBLISHED)
+    configs = zip(theirs["segment_lengths"], theirs["dilation_rates"], strict=True)
+    theirs["variant"] = [label(lists(w), lists(r)) for w, r in configs]
+    keys = ["variant", "batch", "heads", "seq_len", "head_dim"]
+    return theirs.merge(rows, on=keys, suffixes=("_theirs", "_ours"))
+
+
+def exponent(rows: pd.DataFrame, column: str) -> list[float]:
+    """The local exponents of `column` in N: the slope between each length and the one before, nan for the first."""
+    slopes = [math.nan]
+    points = list(zip(rows["seq_len"], rows[column], strict=True))
+    for (n, value), (above, at_above) in zip(points, points[1:], strict=False):
+        slopes.append(math.log(at_above / value) / math.log(above / n))
+    return slopes
+
+
+def quick(both: pd.DataFrame):
+    """004's first table: time, peak memory, tokens per second, KiB per token."""
+    rows, found = both[both["table"] == "quick"], []
+    for row in rows.itertuples():
+        tokens = row.batch * row.seq_len
+        names = {"seq_len": row.seq_len, "batch": row.batch}
+        names |= {"ms": digits(row.forward_ms_ours), "ms, 004": digits(row.forward_ms_theirs)}
+        ours = row.forward_peak_bytes + row.input_bytes
+        names |= {"MiB": digits(ours / MIB), "MiB, 004": digits(row.memory_mib)}
+        names |= {
+            "KiB per token": digits(ours / tokens / 1024),
+            "tokens per s": f"{1e3 * tokens / row.forward_ms_ours:,.0f}",
+        }
+        found.append(names | {"tokens per s, 004": f"{1e3 * tokens / row.forward_ms_theirs:,.0f}"})
+    return table(pd.DataFrame(found))
+
+
+def along(both: pd.DataFrame, name: str, axis: str):
+    """004's scaling tables, along one axis: times, the factor to the first, and the local exponent in that axis."""
+    rows, found = both[both["table"] == name].sort_values(axis), []
+    for which in ("ours", "theirs"):
+        values = rows[f"forward_ms_{which}"].tolist()
+        sizes = rows[axis].tolist()
+        slopes = [NO_FIGURE]
+        for at in range(1, len(sizes)):
+            slopes.append(f"{math.log(values[at] / values[at - 1]) / math.log(sizes[at] / sizes[at - 1]):.2f}")
+        found.append(
+            {"ms": [digits(x) for x in values], "factor": [f"{x / values[0]:.1f}" for x in values], "exponent": slopes}
+        )
+    frame = pd.DataFrame({axis: rows[axis]})
+    for which, columns in zip(("", ", 004"), found, strict=True):
+        for column, cells in columns.items():
+            frame[f"{column}{which}"] = cells
+    frame["KiB per token"] = [
+        digits((r.forward_peak_bytes + r.input_bytes) / r.batch / r.seq_len / 1024) for r in rows.itertuples()
+    ]
+    return table(frame)
+
+
+def segments(both: pd.DataFrame):
+    """004's three configurations: time beside operations, as multiples of the first."""
+    rows, found = both[both["table"] == "segments"], []
+    first = rows.iloc[0]
+    for row in rows.itertuples():
+        found.append(
+            {
+                "configuration": row.variant,
+                "batch": row.batch,
+                "seq_len": row.seq_len,
+                "ms": digits(row.forward_ms_ours),
+                "operations": f"{row.operations / first['operations']:.2f}×",
+                "time": f"{row.forward_ms_ours / first['forward_ms_ours']:.2f}×",
+                "time, 004": f"{row.forward_ms_theirs / first['forward_ms_theirs']:.2f}×",
+            }
+        )
+    return table(pd.DataFrame(found))
+
+
+def with_counts(rows: pd.DataFrame, points: list[tuple[Variant, Shape]], kind: str) -> pd.DataFrame:
+    """Rows measured at `points`, in their order, with `operations` (forward), `input_bytes`, and the laws' bytes on a
+    device of that `kind`."""
+    found = rows.reset_index(drop=True)
+    found["operations"] = [work(variant, shape, "forward") for variant, shape in points]
+    found["input_bytes"] = [shape.input_bytes for _, shape in points]
+    for account in ("saved", "forward_peak", "backward_peak"):
+        laws = [v.law.bytes(account, s, kind) if v.law else math.nan for v, s in points]
+        found[f"{account}_law_bytes"] = laws
+    return found
+
+
+def bytes_per_token(rows: pd.DataFrame):
+    """What a forward pass saves, and the most that a backward pass holds, by length and variant, per token."""
+    found = rows[rows["status"] == "ok"]
+    for column in ("saved", "backward_peak"):
+        found = found.assign(
+            **{column: [digits(x / n) for x, n in zip(found[f"{column}_bytes"], found["seq_len"], strict=True)]}
+        )
+    frame = found.pivot(index="seq_len", columns="variant", values=["saved", "backward_peak"])
+    frame.columns = [f"{variant}, {what.replace('_', ' ')}" for what, variant in frame.columns]
+    return table(frame.reset_index())
+
+
+def spread(rows: pd.DataFrame, column: str) -> float:
+    """The largest over the smallest `column` per token, of the variant where that is most."""
+    per_token = (rows[column] / rows["seq_len"]).groupby(rows["variant"])
+    return float((per_token.max() / per_token.min()).max())
+
+
+def lengths(rows: pd.DataFrame):
+    """Time and memory per token by length."""
+    found = []
+    for row in rows.itertuples():
+        peak = row.forward_peak_bytes if math.isnan(row.backward_peak_bytes) else row.backward_peak_bytes
+        names = {"N": f"{row.seq_len:,}", "status": f"{row.status} {row.phase}".strip()}
+        names |= {"forward, ns per token": digits(row.forward_ns), "and backward": row.both_ns}
+        names |= {"saved, bytes per token": digits(row.saved_bytes / row.seq_len)}
+        found.append(names | {"peak, bytes per token": digits(peak / row.seq_len), "peak": size(peak)})
+    return table(pd.DataFrame(found), {"and backward": lambda x: NO_FIGURE if math.isnan(x) else digits(x)})
+
+
+def remedies(rows: pd.DataFrame, base: str):
+    """Time of each variant, its speed-up over `base` at the same length, and what its operations promise."""
+    found = []
+    for n, group in rows.groupby("seq_len"):
+        dense = group.set_index("variant").loc[base]
+        for row in group.itertuples():
+            names = {"seq_len": n, "variant": row.variant}
+            if math.isnan(row.forward_backward_ms):
+                found.append(names | {"ms": row.status})
+                continue
+            gain, promised = (
+                dense["forward_backward_ms"] / row.forward_backward_ms,
+                dense["operations"] / row.operations,
+            )
+            names |= {"ms": digits(row.forward_backward_ms), "faster": f"{gain:.2f}×", "promised": f"{promised:.2f}×"}
+            found.append(names | {"kept of the promise": f"{gain / promised:.0%}"})
+    return table(pd.DataFrame(found))
+
+
+def window_like(seen: torch.Tensor) -> torch.Tensor:
+    """`[N, N]`: a sliding window in which a query sees about as many keys as it does, on average, in `seen`."""
+    n, keys = seen.shape[-1], round((seen > 0).double().sum(-1).mean().item())
+    at = torch.arange(n)
+    return ((at[:, None] - at).abs() <= keys // 2).double()
+
+
+def shares(heats: pd.DataFrame, kernels: dict[str, str], baseline: str) -> pd.DataFrame:
+    """For each race and kernel: rates of `dilated_<kernel>` and of the same kernel dense, the `share` of one in the
+    other, and `gain`, how many times as fast as the baseline."""
+    found = []
+    for names, group in heats.groupby(["head_dim", "causal", "phase"], sort=False):
+        by = group.set_index("variant")
+        for kernel, dense in kernels.items():
+            if f"dilated_{kernel}" not in by.index:
+                continue
+            mine, full = by.loc[f"dilated_{kernel}"], by.loc[dense]
+            row = dict(zip(("head_dim", "causal", "phase"), names, strict=True)) | {"kernel": kernel}
+            row |= {"tflop_s": mine["tflop_s"], "dense_tflop_s": full["tflop_s"]}
+            row |= {"share": mine["tflop_s"] / full["tflop_s"], "gain": by.loc[baseline, "ms"] / mine["ms"]}
+            found.append(row | {"baseline_tflop_s": by.loc[baseline, "tflop_s"]})
+    return pd.DataFrame(found)
+
+
+def raced(found: pd.DataFrame):
+    """`shares` as a table."""
+    rows = found.assign(mask=found["causal"].map({True: "causal", False: "full"}))
+    rows["dilated, of dense"] = [
+        f"{digits(r.tflop_s)} / {digits(r.dense_tflop_s)} ({r.share:.0%})" for r in rows.itertuples()
+    ]
+    rows["public code"] = [f"{digits(r.baseline_tflop_s)} ({r.gain:.1f}× slower)" for r in rows.itertuples()]
+    return table(rows[["head_dim", "mask", "phase", "kernel", "dilated, of dense", "public code"]])
+
+
+def audited(rows: pd.DataFrame):
+    """public.audit as a table: how far each definition lies from the paper's."""
+    frame = rows.assign(mask=rows["causal"].map({True: "causal", False: "full"}))
+    for what in ("o", "dq", "dk", "dv"):
+        frame[what] = [digits(x) if x > 1e-9 else "equal" for x in rows[f"{what}_off"]]
+    frame["rows of 0"] = [f"{x:.0%}" for x in rows["zero_rows"]]
+    leaks = zip(rows["causal"], rows["leak"], strict=True)
+    frame["sees the future"] = [NO_FIGURE if not causal else "yes" if leak > 1e-9 else "no" for causal, leak in leaks]
+    return table(frame[["definition", "mask", "o", "dq", "dk", "dv", "rows of 0", "sees the future"]])
+
+
+def distances(seen: torch.Tensor) -> tuple[list[int], list[float]]:
+    """For `[H, N, N]` or `[N, N]`: distances 1, 2, 4, …, and the share of pairs seen from there to twice as far."""
+    seen = (seen > 0).double()
+    seen = seen.mean(0) if seen.dim() == 3 else seen
+    n = seen.shape[-1]
+    sums = [float(seen.diagonal(d).sum() + seen.diagonal(-d).sum()) for d in range(1, n)]
+    starts, found = [2**k for k in range(int(math.log2(n - 1)) + 1)], []
+    for start in starts:
+        span = range(start, min(2 * start, n))
+        found.append(sum(sums[d - 1] for d in span) / sum(2 * (n - d) for d in span))
+    return starts, found

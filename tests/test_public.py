@@ -1,0 +1,92 @@
+"""The public definitions as restated: what they share with the paper's, where they part, and the published table."""
+
+import math
+
+import pytest
+import torch
+
+from attnlib import dilated_tables, public
+from attnlib.core import Shape
+from attnlib.dilated import dilated_reference
+
+CONFIG = {"segment_lengths": (16, 32, 64), "dilation_rates": (1, 2, 4)}
+
+
+def relative(got, want) -> float:
+    return float(((got - want).norm() / want.norm()).detach())
+
+
+def draw(*size):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*size, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_torchscale_is_the_paper_in_output_and_not_in_gradient(causal):
+    q, k, v = draw(2, 4, 128, 8)
+    theirs = public.torchscale(q, k, v, **CONFIG, causal=causal, attend=public.exact)
+    paper = public.paper(q, k, v, **CONFIG, causal=causal, head_offsets="grouped")
+    assert relative(theirs, paper) < 1e-12
+    off = [
+        relative(a, b)
+        for a, b in zip(
+            *(torch.autograd.grad(o, (q, k, v), torch.ones_like(o) * q.detach()) for o in (theirs, paper)), strict=True
+        )
+    ]
+    assert off[0] > 0.01 and off[1] > 0.01 and off[2] < 1e-12
+
+
+def test_torchscale_with_the_flash_kernel_is_the_same():
+    q, k, v = (x.float() for x in draw(2, 4, 128, 8))
+    want = dilated_reference(q, k, v, **CONFIG, head_offsets="grouped")
+    assert relative(public.torchscale(q, k, v, **CONFIG), want) < 1e-5
+
+
+def test_zeros_that_pad_take_part_unless_causal():
+    q, k, v = draw(1, 4, 100, 8)
+    off = [
+        relative(
+            public.torchscale(q, k, v, **CONFIG, causal=causal, attend=public.exact),
+            public.paper(q, k, v, **CONFIG, causal=causal, head_offsets="grouped"),
+        )
+        for causal in (False, True)
+    ]
+    assert off[0] > 1e-3 and off[1] < 1e-12
+
+
+def test_a_rate_that_does_not_divide_moves_later_segments():
+    q, k, v = draw(1, 3, 64, 8)
+    config = {"segment_lengths": (16,), "dilation_rates": (3,), "causal": True}
+    theirs = public.torchscale(q, k, v, **config, attend=public.exact)
+    paper = public.paper(q, k, v, **config, head_offsets="grouped")
+    assert relative(theirs[:, :, :16], paper[:, :, :16]) < 1e-12 and relative(theirs[:, :, 16:], paper[:, :, 16:]) > 0.5
+
+
+def test_two_equal_branches_give_half_where_groups_divide():
+    q, k, v = draw(1, 4, 32, 8)
+    config = {"segment_lengths": (32, 32), "dilation_rates": (1, 1)}
+    paper = public.paper(q, k, v, **config)
+    assert relative(public.split_heads(q, k, v, **config), paper / 2) < 1e-12
+    assert relative(public.mean_merge(q, k, v, **config), paper) < 1e-12
+    assert relative(public.boolean_mask(q, k, v, **config), paper) < 1e-12
+
+
+def test_the_signed_sum_is_over_the_whole_sequence():
+    q, k, v = draw(1, 3, 64, 8)
+    o = public.split_heads(q, k, v, **CONFIG, by_sum=True)
+    torch.testing.assert_close(o.sum(2), torch.full_like(o.sum(2), 1 / 3))
+
+
+def test_the_published_points_are_all_there():
+    points = dilated_tables.published_points("float32", 16384)
+    assert len(points) == 17  # of 22 rows, five are of points that other rows have
+    both = dilated_tables.published(dilated_tables.PUBLISHED)
+    for row in both.itertuples():
+        name = dilated_tables.label(dilated_tables.lists(row.segment_lengths), dilated_tables.lists(row.dilation_rates))
+        shape = Shape(row.batch, row.heads, row.seq_len, row.head_dim)
+        assert any(v.name == name and s == shape for v, s in points)
+
+
+def test_shares_of_pairs_by_distance():
+    starts, shares = dilated_tables.distances(torch.eye(9) + torch.eye(9).roll(1, 0))
+    assert starts == [1, 2, 4, 8] and shares[0] == 0.5 and shares[1:3] == [0, 0] and math.isclose(shares[3], 0.5)
