@@ -75,7 +75,8 @@ def references(name: str, shape: Shape, device: str, reach: torch.Tensor) -> dic
     One keeps the weights and one computes them again. A key that is seen m times stands there m times. In float32 on a
     GPU the efficient kernel's products are three_tf32, so its reference's are too.
     """
-    efficient = name in ("sdpa_efficient", "sdpa_default") and shape.dtype == "float32" and device != "cpu"
+    by_name = name in ("sdpa_efficient", "sdpa_default") or name.startswith("dilated")
+    efficient = by_name and shape.dtype == "float32" and device != "cpu"
     products = {"plain": torch.matmul} | ({"three TF32": three_tf32} if efficient else {})
     copies = max(1, int(reach.max()))
     bias = torch.cat([torch.where(reach > copy, 0.0, -math.inf) for copy in range(copies)], dim=-1)

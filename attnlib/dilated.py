@@ -23,7 +23,7 @@ from attnlib.device import memory_free
 from attnlib.dilated_laws import law
 from attnlib.kernels import Kernel, chosen
 from attnlib.merging import add, merge
-from attnlib.views import HEAD_OFFSETS, View, offset, segments, spread, views
+from attnlib.views import HEAD_OFFSETS, View, fits_one_batch, offset, segments, spread, views
 
 
 def check(q, k, v, segment_lengths, dilation_rates, head_offsets):
@@ -118,11 +118,16 @@ def dilated(
     check(q, k, v, segment_lengths, dilation_rates, head_offsets)
     size = Shape(*q.shape, str(q.dtype).removeprefix("torch."), bool(causal))
     underneath = chosen(kernel, size, q.device)
-    pairs = sorted(zip(segment_lengths, dilation_rates, strict=True), key=lambda pair: pair[1])
-    branches = [view for w, r in pairs for view in views(*q.shape[:3], w, r, head_offsets)]
     if (least := 2 * q.numel() * q.element_size()) > 2**26 and least > memory_free(str(q.device)):  # o, and one part
         raise AttnError(f"{least / 2**30:,.1f} GiB are needed at least, and that much is not free")
-    return _Dilated.apply(q, k, v, branches, size.causal, underneath)
+    if fold := fits_one_batch(*q.shape[:2], dilation_rates, head_offsets) and all(
+        x.stride(0) == x.stride(1) * x.shape[1] for x in (q, k, v)
+    ):
+        q, k, v = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
+    pairs = sorted(zip(segment_lengths, dilation_rates, strict=True), key=lambda pair: pair[1])
+    branches = [view for w, r in pairs for view in views(*q.shape[:3], w, r, head_offsets)]
+    o = _Dilated.apply(q, k, v, branches, size.causal, underneath)
+    return o.squeeze(0).unflatten(0, (size.batch, size.heads)) if fold else o
 
 
 def reach(shape: Shape, *, segment_lengths, dilation_rates, head_offsets="modulo") -> torch.Tensor:

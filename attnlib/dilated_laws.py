@@ -4,14 +4,15 @@ Each branch is one or more calls of a kernel whose own law is known. Which call 
 the law goes through the views. It is that of contiguous inputs `[B, H, N, D]`; on the CPU, of float32.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import sympy
 
-from attnlib.core import B, D, H, Law, N, Shape, c, g, h
+from attnlib.core import AttnError, B, D, H, Law, N, Shape, c, g, h
 from attnlib.kernels import KERNELS, Kernel, chosen
 from attnlib.naive import LINEAR, ROWS
-from attnlib.views import HEAD_OFFSETS, View, views
+from attnlib.views import HEAD_OFFSETS, View, fits_one_batch, views
 
 PHASES = ("forward", "backward")
 TERMS = ("results of one call", "copies made for its kernel", "workspace")
@@ -30,12 +31,14 @@ def is_dense(size: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 def terms_of(kernel: Kernel, view: View, shape: Shape, phase: str, device: str) -> tuple[int, int, int]:
     """TERMS in bytes for a kernel's call on one view in `phase`."""
     (b, heads, n), width = view.size, shape.head_dim
+    if n == 1 and kernel.name == "cudnn":
+        kernel = KERNELS["flash"]
     part = Shape(b, heads, n, width, shape.dtype, shape.causal)
     linear, rows = part.input_bytes // 3, 4 * b * heads * n
     if phase == "forward":
         joining = 2 * rows * (device == "cpu")  # the weights of the plain merge
         workspace = max(part.evaluate(kernel.forward_bytes, device), joining)
-        return linear + part.evaluate(kernel.lse_bytes, device), 0, workspace
+        return linear + rows, 0, workspace
     along_b, along_h, along_n, _ = view.strides((shape.heads * shape.seq_len, shape.seq_len, 1))
     # FlashAttention-2 also takes whole heads in segments as a batch of one head
     orders = [((b, n, heads), (along_b, along_n, along_h)), ((heads, b, n), (along_h, along_b, along_n))]
@@ -50,9 +53,13 @@ def _largest(of_first: bool, phase: str, kernel: str | None, shape: Shape, devic
     """`terms_of` for the first call, or for that of all others which holds the most, and whether the first call's
     results are the whole tensors."""
     half = len(config) // 2
+    underneath = KERNELS[kernel] if kernel else chosen(None, shape, device)
+    if underneath.forward_bytes is None:
+        raise AttnError(f"the memory of the {underneath.name} kernel on views is not known")
+    if fits_one_batch(shape.batch, shape.heads, config[half:], offsets):
+        shape = replace(shape, batch=1, heads=shape.batch * shape.heads)
     branches = sorted(zip(config[:half], config[half:], strict=True), key=lambda pair: pair[1])
     calls = [v for w, r in branches for v in views(shape.batch, shape.heads, shape.seq_len, w, r, offsets)]
-    underneath = KERNELS[kernel] if kernel else chosen(None, shape, device)
     rest = calls[:1] if of_first else calls[1:]
     found = [terms_of(underneath, view, shape, phase, device) for view in rest]
     b, heads, n = calls[0].size
@@ -72,8 +79,11 @@ class Call(sympy.Function):
         return int(whole) if term == len(TERMS) else found[term]
 
 
-def law(segment_lengths, dilation_rates, head_offsets: str, kernel: str | None) -> Law:
-    """The law of these branches. Saved are the output and one log-sum-exp per row, whatever runs underneath."""
+def law(segment_lengths, dilation_rates, head_offsets: str, kernel: str | None) -> Law | None:
+    """The law of these branches, None for a kernel whose own is not known. Saved are the output and one log-sum-exp per
+    row, whatever runs underneath."""
+    if kernel and KERNELS[kernel].forward_bytes is None:
+        return None
     names = [None, *KERNELS]
 
     def call(phase, of_first):

@@ -13,7 +13,7 @@ import torch
 from attnlib import sdpa
 from attnlib import sdpa_laws as laws
 from attnlib.core import AttnError, Shape
-from attnlib.naive import ROWS
+from attnlib.merging import packed
 
 aten = torch.ops.aten
 
@@ -22,19 +22,18 @@ aten = torch.ops.aten
 class Kernel:
     """forward: `(q, k, v, causal) -> (o, lse)`. backward: `(do, q, k, v, o, lse, causal) -> (dq, dk, dv)`.
 
-    needs: `(shape, device) -> None`, or the reason why it cannot run there. The rest is its memory, as formulas:
-    lse_bytes, of the log-sum-exp as allocated; forward_bytes and backward_bytes, what it takes beyond its results;
-    copies, how many tensors backward copies where rows are not contiguous.
+    needs: `(shape, device) -> None`, or the reason why it cannot run there. The rest is its memory, where it is known:
+    forward_bytes and backward_bytes, formulas for what it takes beyond its results; copies, how many tensors backward
+    copies where rows are not contiguous.
     """
 
     name: str
     forward: Callable
     backward: Callable
     needs: Callable
-    forward_bytes: sympy.Expr
-    backward_bytes: sympy.Expr
+    forward_bytes: sympy.Expr | None = None
+    backward_bytes: sympy.Expr | None = None
     copies: int = 0
-    lse_bytes: sympy.Expr = ROWS
 
 
 def _cpu_forward(q, k, v, causal):
@@ -50,7 +49,8 @@ def _flash_forward(q, k, v, causal):
 
 
 def _flash_backward(do, q, k, v, o, lse, causal):
-    # it copies do and o unless they are contiguous as [b, n, h, D]: whole heads in segments are, as a batch of one head
+    # it takes do and o contiguous as [b, n, h, D], and copies them slowly if not: whole heads in segments are, as a
+    # batch of one head
     b, h = q.shape[:2]
     whole = all(x.transpose(0, 1).is_contiguous() for x in (do, q, k, v, o))
     if whole:
@@ -58,17 +58,21 @@ def _flash_backward(do, q, k, v, o, lse, causal):
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a generator that dropout 0 never asks
     lengths = None, None, q.shape[2], k.shape[2]
     grads = aten._scaled_dot_product_flash_attention_backward(
-        do, q, k, v, o, lse.contiguous(), *lengths, 0.0, causal, seed, torch.empty(0, dtype=seed.dtype, device=q.device)
+        packed(do), q, k, v, packed(o), lse.contiguous(), *lengths, 0.0, causal, seed, seed[:0]
     )
     return [x.squeeze(1).unflatten(0, (h, b)).transpose(0, 1) for x in grads] if whole else grads
 
 
 def _cudnn_forward(q, k, v, causal):
+    if q.shape[2] == 1:  # cuDNN refuses a single row
+        return _flash_forward(q, k, v, causal)
     o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)[:2]
     return o, lse.reshape(o.shape[:3])
 
 
 def _cudnn_backward(do, q, k, v, o, lse, causal):
+    if q.shape[2] == 1:
+        return _flash_backward(do, q, k, v, o, lse, causal)
     seed = torch.zeros(2, dtype=torch.int64, device=q.device)
     lengths = None, None, q.shape[2], k.shape[2]
     return aten._scaled_dot_product_cudnn_attention_backward(
@@ -107,6 +111,11 @@ def _needs_cpu(shape, device):
     return None if torch.device(device).type == "cpu" else "PyTorch's CPU kernel runs on the CPU alone"
 
 
+def _needs_efficient(shape, device):
+    half = "half types have better kernels than the efficient one" if shape.dtype != "float32" else None
+    return sdpa.needs_efficient(shape, device) or half
+
+
 def _needs_flash(shape, device):
     unpadded = "FlashAttention-2 takes head_dim in multiples of 8" if shape.head_dim % 8 else None
     return (
@@ -139,15 +148,7 @@ KERNELS = {
             sum(laws.FLASH_TAKES.values()) + 16,
             2,
         ),
-        Kernel(
-            "efficient",
-            _efficient_forward,
-            _efficient_backward,
-            sdpa.needs_efficient,
-            laws.WIDE,
-            laws.EFFICIENT_TAKES + laws.ROWS32,
-            lse_bytes=laws.ROWS32,
-        ),
+        Kernel("efficient", _efficient_forward, _efficient_backward, _needs_efficient),
     )
 }
 

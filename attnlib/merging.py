@@ -31,6 +31,15 @@ def add(total, part):
     total.add_(part)
 
 
+def packed(x):
+    """x, in memory as `[b, n, h, D]`: itself if it is so, else a copy."""
+    if x.transpose(1, 2).is_contiguous():
+        return x
+    rows = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    tiles(_copy_tiles, x, (rows, x))
+    return rows
+
+
 def tiles(kernel, like, tensors):
     """Run a Triton kernel over tiles of ROWS rows of `like`, given its tensors and their strides along b, h and n."""
     b, h, n, width = like.shape
@@ -80,3 +89,13 @@ if importlib.util.find_spec("triton"):
         mine = tl.load(total, cells, 0.0).to(tl.float32)
         theirs = tl.load(part + (b * pb + h * ph + n * pn)[:, None] + d[None, :], cells, 0.0).to(tl.float32)
         tl.store(total, mine + theirs, cells)
+
+    @triton.jit
+    def _copy_tiles(
+        target, source, ob, oh, on, pb, ph, pn, heads, rows, blocks, D, WIDTH: tl.constexpr, ROWS: tl.constexpr
+    ):
+        b, h, n, inside = _place(heads, rows, blocks, ROWS)
+        d = tl.arange(0, WIDTH)
+        cells = inside[:, None] & (d < D)[None, :]
+        values = tl.load(source + (b * pb + h * ph + n * pn)[:, None] + d[None, :], cells)
+        tl.store(target + (b * ob + h * oh + n * on)[:, None] + d[None, :], values, cells)

@@ -12,6 +12,7 @@ from functools import cache, partial
 
 import sympy
 import torch
+import torch._inductor.config
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from attnlib.core import AttnError, B, D, H, N, Phases, Shape, Variant, c
@@ -57,6 +58,7 @@ def block_mask(pattern: Callable, number: int, seq_len: int, causal: bool, devic
 def compiled() -> Callable:
     """flex_attention as one fused kernel for each rule and size; without compilation it would write the scores."""
     torch._dynamo.config.recompile_limit = 256
+    torch._inductor.config.compile_threads = 1  # the worker of a sweep may have no children
     return torch.compile(flex_attention, dynamic=False)
 
 

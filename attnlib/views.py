@@ -18,6 +18,11 @@ def offset(head: int, heads: int, rate: int, head_offsets: str) -> int:
     return head % rate if head_offsets == "modulo" else head // -(-heads // rate)
 
 
+def fits_one_batch(batch: int, heads: int, rates, head_offsets: str) -> bool:
+    """Whether a batch of several can be taken for one of more heads: where the offsets of all heads go on in step."""
+    return batch > 1 and head_offsets == "modulo" and all(heads % rate == 0 for rate in rates)
+
+
 def segments(seq_len: int, width: int) -> list[tuple[int, int, int]]:
     """`(start, count, width)`: the whole segments, and the shorter one at the end, where there are such."""
     whole, rest = divmod(seq_len, width)

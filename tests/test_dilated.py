@@ -95,9 +95,7 @@ def test_law_equals_the_allocator(config, head_offsets, causal, kernel, device):
     """Saved bytes and both peaks, to the byte: what the largest call holds, and the kernel's own workspace."""
     widths, rates, batch, heads, seq_len = config
     variant = dilated.variant("dilated", widths, rates, head_offsets, kernel)
-    shape = Shape(
-        batch, heads, seq_len, 16, "float32" if device == "cpu" or kernel == "efficient" else "bfloat16", causal
-    )
+    shape = Shape(batch, heads, seq_len, 16, "float32" if device == "cpu" else "bfloat16", causal)
     if reason := variant.needs(shape, device):
         pytest.skip(reason)
     for size in (shape, shape):  # the first makes the workspaces
