@@ -205,6 +205,20 @@ def growth(duels: pd.DataFrame) -> float:
     return (times.last() / times.first()).max(axis=None)
 
 
+def inside(duels: pd.DataFrame) -> tuple[int, int]:
+    """How many ratios there are, and how many of the second run lie in the interval of the first."""
+    keys = ["dtype", "head_dim", "phase", "seq_len"]
+    one, two = (duels[duels["run"] == run] for run in (1, 2))
+    both = one.merge(two, on=keys, suffixes=("", "_again"))
+    return len(both), int(both["ratio_again"].between(both["low"], both["high"]).sum())
+
+
+def blocks(cells: pd.DataFrame, heads: int) -> float:
+    """The most blocks of 128 rows, over all heads, at any backward crossover in a half-size type."""
+    found = cells[(cells["phase"] == "backward") & (cells["dtype"] != "float32") & (cells["seq_len"] < math.inf)]
+    return heads * found["seq_len"].max() / 128 if len(found) else 0.0
+
+
 def reproduced(cells: pd.DataFrame) -> tuple[int, int]:
     """How many crossovers there are, and how many of the second run lie in the interval of the first."""
     one, two = (cells[cells["run"] == run].reset_index() for run in (1, 2))

@@ -122,7 +122,6 @@ PUBLIC = {
     "mean-merge": (mean_merge, "modulo"),
     "boolean mask": (boolean_mask, "modulo"),
 }
-NUMBERS = ["o_off", "dq_off", "dk_off", "dv_off", "zero_rows", "leak"]
 
 
 def audit(shape: Shape, segment_lengths, dilation_rates, seed: int = 0) -> Iterator[dict]:

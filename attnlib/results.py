@@ -97,6 +97,9 @@ def rows_of(path: Path, numbers: Iterable[str] = ()) -> pd.DataFrame:
             raise AttnError(
                 f"{where}, line {line}, column {column}: {rows[column][line - 2]!r} is not a number from 0 up"
             )
+    written = known.get(str(rows["machine"].iloc[0]) if len(rows) else "", {}).get("rows", {}).get(path.stem)
+    if written is not None and written != len(rows):
+        raise AttnError(f"{where} has {len(rows)} row(s) where {written} were written: measure again")
     if len(rows.drop_duplicates(["machine", "torch"])) != 1:
         raise AttnError(f"{where} is empty, or holds rows of more than one machine or torch")
     if (machine := rows["machine"].iloc[0]) not in known:
@@ -187,29 +190,31 @@ class Run:
         """
         name = f"{self.notebook[:2]}_{name}"
         if not self.replay:
-            self._introduce(name)
+            self._introduce(name, len({(variant.name, shape) for variant, shape in points}))
             path = ROOT / "data" / self.folder / f"{name}.csv"
             limits = {"budget_s": budget_s or self.profile.budget_s, "timeout_s": self.profile.timeout_s}
             sweep(points, path, self.machine, device=self.device, worker=self.worker, **limits)
         return load(self.folder, name)
 
-    def record(self, name: str, rows: Iterable[dict], numbers: Iterable[str]) -> pd.DataFrame | None:
+    def has(self, name: str) -> bool:
+        """Whether there are rows of that name to be had: measured now, or from a file of data/<device>/ in a replay."""
+        return not self.replay or (ROOT / "data" / self.folder / f"{self.notebook[:2]}_{name}.csv").exists()
+
+    def record(self, name: str, rows: Iterable[dict], numbers: Iterable[str]) -> pd.DataFrame:
         """Any other rows, as they are produced now, or from data/<device>/<notebook number>_<name>.csv in a replay.
 
         numbers: the columns that must be there and be numbers.
 
         The worker gives the device back first, so that all of it can be had. The file is written when all rows are
-        there; a replay without that file gives None. Raises AttnError if it cannot be written, or in a replay if it is
-        damaged or was not measured on a machine that machine.json describes.
+        there. Raises AttnError if it cannot be written, or in a replay if it is not there (see `has`), damaged, or was
+        not measured on a machine that machine.json describes.
         """
         folder = ROOT / "data" / self.folder
         path = folder / f"{self.notebook[:2]}_{name}.csv"
-        if self.replay and not path.exists():
-            return None
         if not self.replay:
             self.worker.stop()
             frame = pd.DataFrame(rows).assign(machine=self.machine["machine"], torch=self.machine["torch"])
-            self._introduce(path.stem)
+            self._introduce(path.stem, len(frame))
             write(path, frame.to_csv(index=False))
         return rows_of(path, numbers)
 
@@ -218,14 +223,15 @@ class Run:
         folder = ROOT / "data" / self.folder
         return machines(folder) if (folder / "machine.json").exists() else {}
 
-    def _introduce(self, name: str):
+    def _introduce(self, name: str, count: int):
         """Describe this machine in the folder's machine.json, beside those whose rows are still there, and say there
-        that <name>.csv is measured today (`dates`)."""
+        that <name>.csv is measured today (`dates`) and how many rows it will have (`rows`)."""
         folder, me = ROOT / "data" / self.folder, self.machine["machine"]
         texts = [path.read_text() for path in folder.glob("*.csv")]
         kept = {one: facts for one, facts in self._known().items() if one != me and any(one in text for text in texts)}
-        dates = self._known().get(me, {}).get("dates", {}) | {name: self.machine["date"]}
-        write(folder / "machine.json", json.dumps({**kept, me: self.machine | {"dates": dates}}, indent=1) + "\n")
+        before, now = self._known().get(me, {}), {"dates": self.machine["date"], "rows": count}
+        notes = {what: before.get(what, {}) | {name: value} for what, value in now.items()}
+        write(folder / "machine.json", json.dumps({**kept, me: self.machine | notes}, indent=1) + "\n")
 
     def agreement(self, name: str) -> pd.DataFrame | None:
         """The pairs of 0.1 ms and more that tests/agreement.py left for this very machine, or None."""
