@@ -97,7 +97,9 @@ class _Dilated(torch.autograd.Function):
         def parts(view):
             return kernel.backward(*(view.of(x) for x in (do, q, k, v, o, lse)), causal)
 
-        grads = [spread(part, first, q) for part in parts(first)]
+        grads = list(parts(first))
+        for at in range(len(grads)):  # one after the other, each part gone before the next is laid out
+            grads[at] = spread(grads[at], first, q)
         for view in others:
             for grad, part in zip(grads, parts(view), strict=True):
                 add(view.of(grad), part)

@@ -76,7 +76,7 @@ class Call(sympy.Function):
         name = [None, *KERNELS][kernel]
         device = "cuda" if gpu else "cpu"
         found, whole = _largest(bool(of_first), PHASES[phase], name, shape, device, HEAD_OFFSETS[offsets], *sizes[7:])
-        return int(whole) if term == len(TERMS) else found[term]
+        return (*found, int(whole), found[0] // 3)[term]  # the last: one of a backward call's three results
 
 
 def law(segment_lengths, dilation_rates, head_offsets: str, kernel: str | None) -> Law | None:
@@ -86,17 +86,20 @@ def law(segment_lengths, dilation_rates, head_offsets: str, kernel: str | None) 
         return None
     names = [None, *KERNELS]
 
+    def how(phase, of_first):
+        asked = (PHASES.index(phase), int(of_first), names.index(kernel), HEAD_OFFSETS.index(head_offsets))
+        return *asked, B, H, N, D, c, g, h, *segment_lengths, *dilation_rates
+
     def call(phase, of_first):
-        how = (PHASES.index(phase), int(of_first), names.index(kernel), HEAD_OFFSETS.index(head_offsets))
-        sizes = (B, H, N, D, c, g, h, *segment_lengths, *dilation_rates)
-        terms = {name: Call(at, *how, *sizes) for at, name in enumerate(TERMS)}
-        return terms, 1 - Call(len(TERMS), *how, *sizes)
+        terms = {name: Call(at, *how(phase, of_first)) for at, name in enumerate(TERMS)}
+        return terms, 1 - Call(len(TERMS), *how(phase, of_first))
 
     saved = {"output": LINEAR, "log-sum-exp": ROWS}
-    results = TERMS[0]
+    results, part = TERMS[0], Call(len(TERMS) + 1, *how("backward", True))
     first, spread = call("forward", True)
     laid_out = {results: first[results], "log-sum-exp": ROWS, "output": spread * LINEAR}
     first_back, spread_back = call("backward", True)
+    left = first_back[results] - 2 * spread_back * part  # of three results, two are gone by then
     base = {**saved, "upstream gradient": LINEAR}
     return Law(
         saved=saved,
@@ -107,7 +110,7 @@ def law(segment_lengths, dilation_rates, head_offsets: str, kernel: str | None) 
         },
         backward_peak={
             "first call": {**base, **first_back},
-            "its results laid out": {**base, results: first_back[results], "dq, dk, dv": 3 * spread_back * LINEAR},
+            "its results laid out": {**base, results: left, "dq, dk, dv": 3 * spread_back * LINEAR},
             "another call": {**base, "dq, dk, dv": 3 * LINEAR, **call("backward", False)[0]},
         },
     )

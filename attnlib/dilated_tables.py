@@ -9,6 +9,7 @@ from attnlib import dilated
 from attnlib.core import Shape, Variant
 from attnlib.crossover import work
 from attnlib.results import published
+from attnlib.sparse import BLOCK
 from attnlib.tables import MIB, NO_FIGURE, digits, size, table
 
 PUBLISHED = "004_gtx1080_dilated"
@@ -233,6 +234,11 @@ def audited(rows: pd.DataFrame):
     leaks = zip(rows["causal"], rows["leak"], strict=True)
     frame["sees the future"] = [NO_FIGURE if not causal else "yes" if leak > 1e-9 else "no" for causal, leak in leaks]
     return table(frame[["definition", "mask", "o", "dq", "dk", "dv", "rows of 0", "sees the future"]])
+
+
+def blocks_held(seen: torch.Tensor) -> float:
+    """The share of FlexAttention's blocks of `[N, N]` in which at least one pair is seen."""
+    return seen.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).any(-1).any(1).double().mean().item()
 
 
 def distances(seen: torch.Tensor) -> tuple[list[int], list[float]]:

@@ -8,7 +8,7 @@ import pandas as pd
 import sympy
 
 from attnlib import VARIANTS, variant
-from attnlib.core import DTYPES, AttnError, B, D, H, N, Shape, Variant, c, e, g, h
+from attnlib.core import DTYPES, AttnError, B, D, H, N, Shape, Variant, c, dense_reach, e, g, h
 
 MULTIPLES = {"B": 1} | {f"{p}{i}B": b**n for i, b in (("", 1000), ("i", 1024)) for n, p in enumerate("KMGTP", 1)}
 PHASES = ("forward", "backward")
@@ -70,12 +70,18 @@ def contents(variant: Variant, shape: Shape, phase: str, device: str = "cuda") -
     return operation, {"q, k, v": shape.input_bytes, **terms}
 
 
+def has_largest(variant: Variant) -> bool:
+    """Whether there is one largest N in a memory. Not where what is seen depends on N in steps, so that a longer
+    sequence can need less; such a variant computes something else besides, and is no substitute for a dense one."""
+    return variant.law is not None and variant.reach is dense_reach
+
+
 def options(shape: Shape, memory_bytes: int, device: str = "cuda") -> pd.DataFrame:
-    """The largest N in a memory of each variant with a law that takes such shapes: `variant, inference, training`."""
+    """The largest N in a memory of each variant that has one and takes such shapes: `variant, inference, training`."""
     found = [
         {"variant": name} | {use: largest_seq_len(v, shape, memory_bytes, phase, device) for use, phase in USES.items()}
         for name, v in VARIANTS.items()
-        if v.law and not v.needs(at_length(shape, 2), device)
+        if has_largest(v) and not v.needs(at_length(shape, 2), device)
     ]
     return pd.DataFrame(found)
 
@@ -84,10 +90,12 @@ def describe(variant: Variant, shape: Shape, memory_bytes: int, phase: str, devi
     """What fits, in words and a table: the largest N, what fills the memory there, and which variant gets further.
 
     Inference is a forward pass that still records a graph; under torch.no_grad a little more may fit. Raises AttnError
-    for a variant that has no law or does not take such shapes.
+    for a variant that has no law or no largest N, or does not take such shapes.
     """
     if not variant.law:
         raise AttnError(f"{variant.name} has no law: what it needs depends on what runs underneath")
+    if not has_largest(variant):
+        raise AttnError(f"{variant.name} looks at less, in steps of N: a longer sequence can need less memory")
     if reason := variant.needs(at_length(shape, 2), device):
         raise AttnError(f"{variant.name} cannot run there: {reason}")
     use = next(use for use, named in USES.items() if named == phase)
