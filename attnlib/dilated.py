@@ -75,6 +75,11 @@ def dilated_reference(q, k, v, *, segment_lengths, dilation_rates, causal=False,
     return (weights.to(v.dtype).unsqueeze(-1) * torch.stack(outputs)).sum(0)
 
 
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """x with D contiguous, which all kernels want; of an expanded gradient, as from o.sum(), a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class _Dilated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, branches: list[View], causal: bool, kernel: Kernel):
@@ -92,7 +97,7 @@ class _Dilated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        (q, k, v, o, lse), ((first, *others), causal, kernel) = ctx.saved_tensors, ctx.how
+        (q, k, v, o, lse), ((first, *others), causal, kernel), do = ctx.saved_tensors, ctx.how, in_rows(do)
 
         def parts(view):
             return kernel.backward(*(view.of(x) for x in (do, q, k, v, o, lse)), causal)
@@ -122,6 +127,7 @@ def dilated(
     underneath = chosen(kernel, size, q.device)
     if (least := 2 * q.numel() * q.element_size()) > 2**26 and least > memory_free(str(q.device)):  # o, and one part
         raise AttnError(f"{least / 2**30:,.1f} GiB are needed at least, and that much is not free")
+    q, k, v = (in_rows(x) for x in (q, k, v))
     if fold := fits_one_batch(*q.shape[:2], dilation_rates, head_offsets) and all(
         x.stride(0) == x.stride(1) * x.shape[1] for x in (q, k, v)
     ):

@@ -170,7 +170,7 @@ def crossovers(cells: pd.DataFrame):
     keys = ["dtype", "head_dim", "phase"]
     for names, runs in cells.groupby(keys, sort=False):
         one, two = runs.sort_values("run").to_dict("records")
-        row = dict(zip(keys, names, strict=True)) | {"flash": one["second"]}
+        row = dict(zip(keys, names, strict=True)) | {"variant": one["second"]}
         row |= {"wins from N": f"{length(one['seq_len'], one)} [{length(one['low'], one)}, {length(one['high'], one)}]"}
         row |= {"second run": length(two["seq_len"], two)}
         row |= {f"ratio at {one['shortest']}": one["least"], f"ratio at {one['longest']}": one["most"]}

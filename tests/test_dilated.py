@@ -111,21 +111,25 @@ def test_only_output_and_log_sum_exp_are_saved():
     assert sum(x.untyped_storage().nbytes() for x in mine) == o.nbytes + 4 * 4 * 512
 
 
-@pytest.mark.parametrize("layout", ["BNHD", "expanded gradient", "projection"])
-def test_strides_do_not_matter(layout):
-    config = {"segment_lengths": (16, 48), "dilation_rates": (1, 3), "causal": True}
-    packed = torch.randn(2, 100, 3, 4, 8)
+@pytest.mark.parametrize("layout", ["BNHD", "D outermost", "expanded gradient", "projection"])
+@pytest.mark.parametrize("rates", [(1, 3), (1, 2)], ids=str)
+def test_strides_do_not_matter(layout, rates, device):
+    """Also where heads are a multiple of the rates, so that a batch of several may be folded into them."""
+    config = {"segment_lengths": (16, 48), "dilation_rates": rates, "causal": True}
+    packed = torch.randn(2, 100, 3, 4, 8, device=device)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
+    if layout == "D outermost":
+        q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
     if layout == "BNHD":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    do = torch.ones(()).expand(q.shape) if layout == "expanded gradient" else torch.randn_like(q)
+    do = torch.ones((), device=device).expand(q.shape) if layout == "expanded gradient" else torch.randn_like(q)
     results = []
     for copy in (torch.Tensor.contiguous, lambda x: x):
         leaves = [copy(x.detach()).requires_grad_() for x in (q, k, v)]
         o = dilated.dilated(*leaves, **config)
         results.append([o, *torch.autograd.grad(o, leaves, copy(do))])
     for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # the same kernel on the same numbers
 
 
 BAD = [
