@@ -55,15 +55,6 @@ def beside_published(rows: pd.DataFrame) -> pd.DataFrame:
     return theirs.merge(rows, on=keys, suffixes=("_theirs", "_ours"))
 
 
-def exponent(rows: pd.DataFrame, column: str) -> list[float]:
-    """The local exponents of `column` in N: the slope between each length and the one before, nan for the first."""
-    slopes = [math.nan]
-    points = list(zip(rows["seq_len"], rows[column], strict=True))
-    for (n, value), (above, at_above) in zip(points, points[1:], strict=False):
-        slopes.append(math.log(at_above / value) / math.log(above / n))
-    return slopes
-
-
 def quick(both: pd.DataFrame):
     """004's first table: time, peak memory, tokens per second, KiB per token."""
     rows, found = both[both["table"] == "quick"], []

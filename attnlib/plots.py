@@ -270,18 +270,6 @@ def patterns(reaches, *, counts):
     return figure
 
 
-def per_token(rows, columns, *, device, ylabel):
-    """`columns` ({title: column}) against N on log-log axes, one panel each, a line per `label` of the rows."""
-    figure, axes = panels(columns, xs=rows["seq_len"], device=device, ylabel=ylabel)
-    for ax, column in zip(axes, columns.values(), strict=True):
-        for colour, (label, line) in zip(
-            sns.color_palette("colorblind"), rows.dropna(subset=[column]).groupby("label", sort=False), strict=False
-        ):
-            ax.plot(line["seq_len"], line[column], "o-", color=colour, ms=3, lw=1, label=label)
-    legend(figure, axes[0])
-    return figure
-
-
 def reached(shares, *, device):
     """The share of pairs that see each other against their distance, a line per `{label: (distances, shares)}`."""
     figure, ax = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")

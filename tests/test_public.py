@@ -78,7 +78,7 @@ def test_the_signed_sum_is_over_the_whole_sequence():
 
 
 def test_the_published_points_are_all_there():
-    points = dilated_tables.published_points("float32", 16384)
+    points = dilated_tables.published_points("float32", 16384, "cpu")
     assert len(points) == 17  # of 22 rows, five are of points that other rows have
     both = dilated_tables.published(dilated_tables.PUBLISHED)
     for row in both.itertuples():

@@ -150,4 +150,5 @@ def test_without_figures_there_is_nothing_to_fit(tmp_path, column, call, table):
 def test_every_term_has_a_meaning_and_every_file_is_sound():
     assert TERMS.keys() == MEANING.keys()
     for path in PUBLISHED.glob("*.csv"):
-        assert set(SHAPE) < set(read(path, "forward_ms", "backward_ms"))
+        phases = ["forward_ms"] + ["backward_ms"] * ("dilated" not in path.name)  # report 004 has no backward pass
+        assert set(SHAPE) < set(read(path, *phases))
