@@ -126,15 +126,11 @@ def with_counts(rows: pd.DataFrame, points: list[tuple[Variant, Shape]], kind: s
 
 
 def bytes_per_token(rows: pd.DataFrame):
-    """What a forward pass saves, and the most that a backward pass holds, by length and variant, per token."""
-    found = rows[rows["status"] == "ok"]
-    for column in ("saved", "backward_peak"):
-        found = found.assign(
-            **{column: [digits(x / n) for x, n in zip(found[f"{column}_bytes"], found["seq_len"], strict=True)]}
-        )
-    frame = found.pivot(index="seq_len", columns="variant", values=["saved", "backward_peak"])
-    frame.columns = [f"{variant}, {what.replace('_', ' ')}" for what, variant in frame.columns]
-    return table(frame.reset_index())
+    """What a forward pass saves and, behind the stroke, the most that a backward pass holds, per token."""
+    rows = rows[rows["status"] == "ok"]
+    both = zip(rows["saved_bytes"], rows["backward_peak_bytes"], rows["seq_len"], strict=True)
+    rows = rows.assign(cell=[f"{digits(saved / n)} / {digits(peak / n)}" for saved, peak, n in both])
+    return table(rows.pivot(index="seq_len", columns="variant", values="cell").reset_index().rename_axis(columns=None))
 
 
 def spread(rows: pd.DataFrame, column: str) -> float:
