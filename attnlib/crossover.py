@@ -39,6 +39,7 @@ DUEL = [
 ]  # numbers of a duel's row
 RACE = ["seq_len", "head_dim", "ms", "do_bench_ms", "gemm_ms", "share", "of_default", "of_default_low"]
 RACE += ["of_default_high", "gemm_tflop_s"]  # numbers of a race's row
+HEAT = ["batch", "heads", "seq_len", "head_dim", "ms", "tflop_s"]  # of a heat's
 
 
 def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -> Callable:

@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 from attnlib.core import DTYPES, AttnError
 
 PASSES = 100  # the published protocol's number of timed passes
-WAIT_CYCLES = 1_000_000  # half a millisecond: longer than a host takes to launch one pass of any variant
+WAIT_CYCLES = 1_000_000  # half a millisecond: longer than a host takes to launch one pass of a dense attention
 CACHE_BYTES = 256 * 2**20  # overwritten before each pass, more than any cache holds, as triton's do_bench does
 
 
@@ -112,8 +112,8 @@ def state(device: str) -> dict:
 def milliseconds(functions: list, rounds: int, device: str) -> np.ndarray:
     """`[rounds, len(functions)]`: each call's time, the functions taking turns in an order drawn for each round.
 
-    On CUDA the device's alone: each call is queued as a whole behind a kernel that waits, so that it does not matter
-    how fast the host launches kernels.
+    On CUDA each call is queued behind a kernel that waits half a millisecond. What the host launches in that time, and
+    that is all of a dense attention's kernels, runs at the device's pace alone; what takes longer to launch does not.
     """
     times, order = np.zeros((rounds, len(functions))), list(range(len(functions)))
     flush = None if device == "cpu" else torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)

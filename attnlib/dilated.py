@@ -12,38 +12,60 @@ Source: Ding et al. 2023, "LongNet: Scaling Transformers to 1,000,000,000 Tokens
 """
 
 import math
-import numbers
+import operator
 from functools import partial
 
 import sympy
 import torch
+from torch.autograd.function import once_differentiable
 
-from attnlib.core import AttnError, B, D, H, N, Phases, Shape, Variant, c
+from attnlib.core import DTYPES, AttnError, B, D, H, N, Phases, Shape, Variant, c
 from attnlib.device import memory_free
 from attnlib.dilated_laws import law
-from attnlib.kernels import Kernel, chosen
+from attnlib.kernels import KERNELS, Kernel, chosen
 from attnlib.merging import add, merge
 from attnlib.views import HEAD_OFFSETS, View, fits_one_batch, offset, segments, spread, views
 
 
-def check(q, k, v, segment_lengths, dilation_rates, head_offsets):
-    """Raise AttnError, in one line, for what no dilated attention takes."""
+def integers(name: str, values) -> tuple[int, ...]:
+    """`values` as positive integers. Raises AttnError, in one line, if they are none, or have no order."""
+    try:
+        if isinstance(values, (str, bytes, set, frozenset, dict)):
+            raise TypeError
+        found = [None if isinstance(x, bool) else operator.index(x) for x in values]
+    except TypeError:
+        raise AttnError(f"{name} must be a list of positive integers, not {str(values)[:80]}") from None
+    if bad := [x for x in found if x is None or x < 1]:
+        raise AttnError(f"{name} must be positive integers, not {bad[0]}")
+    return tuple(found)
+
+
+def branches_of(segment_lengths, dilation_rates, head_offsets) -> list[tuple[int, int]]:
+    """The branches `(w, r)` in the order given. Raises AttnError, in one line, for what is no configuration."""
+    widths, rates = integers("segment_lengths", segment_lengths), integers("dilation_rates", dilation_rates)
+    if not widths or len(widths) != len(rates):
+        raise AttnError("segment_lengths and dilation_rates must be lists of the same length, and not empty")
+    found = list(zip(widths, rates, strict=True))
+    if beyond := [(w, r) for w, r in found if r > w]:
+        raise AttnError("a dilation rate of {1} exceeds its segment of {0}".format(*beyond[0]))
+    if not isinstance(head_offsets, str) or head_offsets not in HEAD_OFFSETS:
+        raise AttnError(f"head_offsets must be one of {', '.join(HEAD_OFFSETS)}, not {head_offsets!r}")
+    return found
+
+
+def check(q, k, v, causal, segment_lengths, dilation_rates, head_offsets) -> list[tuple[int, int]]:
+    """`branches_of`. Raises AttnError, in one line, for what no dilated attention takes."""
+    if not all(isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested for x in (q, k, v)):
+        raise AttnError("q, k and v must be tensors, neither sparse nor nested")
     if len({(x.shape, x.dtype, x.device) for x in (q, k, v)}) > 1:
         raise AttnError("q, k and v must have the same shape, dtype and device")
     if q.dim() != 4 or not all(q.shape):
         raise AttnError(f"q, k and v must be [B, H, N, D] with no size zero, not {list(q.shape)}")
-    if not q.is_floating_point():
-        raise AttnError(f"q, k and v must be floating-point, not {q.dtype}")
-    if not segment_lengths or len(segment_lengths) != len(dilation_rates):
-        raise AttnError("segment_lengths and dilation_rates must be lists of the same length, and not empty")
-    for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
-        if bad := [x for x in values if isinstance(x, bool) or not isinstance(x, numbers.Integral) or x < 1]:
-            raise AttnError(f"{name} must be positive integers, not {bad[0]!r}")
-    for width, rate in zip(segment_lengths, dilation_rates, strict=True):
-        if rate > width:
-            raise AttnError(f"a dilation rate of {rate} exceeds its segment of {width}")
-    if head_offsets not in HEAD_OFFSETS:
-        raise AttnError(f"head_offsets must be one of {', '.join(HEAD_OFFSETS)}, not {head_offsets!r}")
+    if q.dtype not in (*DTYPES.values(), torch.float64):
+        raise AttnError(f"q, k and v must be floating-point of 16 bits or more, not {q.dtype}")
+    if not isinstance(causal, bool):
+        raise AttnError(f"causal must be True or False, not {causal!r}")
+    return branches_of(segment_lengths, dilation_rates, head_offsets)
 
 
 def dilated_reference(q, k, v, *, segment_lengths, dilation_rates, causal=False, head_offsets="modulo"):
@@ -52,9 +74,9 @@ def dilated_reference(q, k, v, *, segment_lengths, dilation_rates, causal=False,
     Raises AttnError for lists that are empty, unequal or not of positive integers, a rate above its segment, another
     head_offsets, or inputs that differ in shape, dtype or device.
     """
-    check(q, k, v, segment_lengths, dilation_rates, head_offsets)
+    branches = check(q, k, v, causal, segment_lengths, dilation_rates, head_offsets)
     (heads, seq_len), outputs, denominators = q.shape[1:3], [], []
-    for width, rate in zip(segment_lengths, dilation_rates, strict=True):
+    for width, rate in branches:
         o, lse = torch.zeros_like(v), torch.full_like(q[..., 0], -math.inf, dtype=torch.float32)
         for head in range(heads):
             for start in range(0, seq_len, width):
@@ -76,8 +98,10 @@ def dilated_reference(q, k, v, *, segment_lengths, dilation_rates, causal=False,
 
 
 def in_rows(x: torch.Tensor) -> torch.Tensor:
-    """x with D contiguous, which all kernels want; of an expanded gradient, as from o.sum(), a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x in rows of D numbers that do not overlap, which all kernels want; of an expanded gradient, as from o.sum(), a
+    copy."""
+    apart = all(stride >= x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
+    return x if x.stride(-1) == 1 and apart else x.contiguous()
 
 
 class _Dilated(torch.autograd.Function):
@@ -96,6 +120,7 @@ class _Dilated(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do):
         (q, k, v, o, lse), ((first, *others), causal, kernel), do = ctx.saved_tensors, ctx.how, in_rows(do)
 
@@ -122,17 +147,17 @@ def dilated(
     gradient 0. Raises AttnError as dilated_reference does, for a kernel that cannot run there, and, before anything is
     allocated, where memory cannot suffice.
     """
-    check(q, k, v, segment_lengths, dilation_rates, head_offsets)
-    size = Shape(*q.shape, str(q.dtype).removeprefix("torch."), bool(causal))
+    pairs = check(q, k, v, causal, segment_lengths, dilation_rates, head_offsets)
+    size = Shape(*q.shape, str(q.dtype).removeprefix("torch."), causal)
     underneath = chosen(kernel, size, q.device)
     if (least := 2 * q.numel() * q.element_size()) > 2**26 and least > memory_free(str(q.device)):  # o, and one part
         raise AttnError(f"{least / 2**30:,.1f} GiB are needed at least, and that much is not free")
     q, k, v = (in_rows(x) for x in (q, k, v))
-    if fold := fits_one_batch(*q.shape[:2], dilation_rates, head_offsets) and all(
+    if fold := fits_one_batch(*q.shape[:2], [r for _, r in pairs], head_offsets) and all(
         x.stride(0) == x.stride(1) * x.shape[1] for x in (q, k, v)
     ):
         q, k, v = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
-    pairs = sorted(zip(segment_lengths, dilation_rates, strict=True), key=lambda pair: pair[1])
+    pairs = sorted(pairs, key=lambda pair: pair[1])
     branches = [view for w, r in pairs for view in views(*q.shape[:3], w, r, head_offsets)]
     o = _Dilated.apply(q, k, v, branches, size.causal, underneath)
     return o.squeeze(0).unflatten(0, (size.batch, size.heads)) if fold else o
@@ -178,14 +203,16 @@ def needs(shape: Shape, device, kernel: str | None = None) -> str | None:
 
 
 def variant(name: str, segment_lengths, dilation_rates, head_offsets="modulo", kernel: str | None = None) -> Variant:
-    """Dilated attention of these branches as a Variant called `name`."""
-    config = {"segment_lengths": tuple(segment_lengths), "dilation_rates": tuple(dilation_rates)}
-    config["head_offsets"] = head_offsets
-    pairs = Pairs(H, N, c, HEAD_OFFSETS.index(head_offsets), *config["segment_lengths"], *config["dilation_rates"])
+    """Dilated attention of these branches as a Variant called `name`. Raises AttnError for what is no configuration."""
+    widths, rates = zip(*branches_of(segment_lengths, dilation_rates, head_offsets), strict=True)
+    if kernel is not None and kernel not in KERNELS:
+        raise AttnError(f"kernel must be one of {', '.join(KERNELS)}, not {kernel!r}")
+    config = {"segment_lengths": widths, "dilation_rates": rates, "head_offsets": head_offsets}
+    pairs = Pairs(H, N, c, HEAD_OFFSETS.index(head_offsets), *widths, *rates)
     return Variant(
         name=name,
         fn=partial(dilated, kernel=kernel, **config),
-        law=law(config["segment_lengths"], config["dilation_rates"], head_offsets, kernel),
+        law=law(widths, rates, head_offsets, kernel),
         flops=Phases(4 * B * D * pairs, 10 * B * D * pairs),
         reach=partial(reach, **config),
         needs=partial(needs, kernel=kernel),

@@ -12,7 +12,7 @@ import sympy
 from attnlib.core import AttnError, B, D, H, Law, N, Shape, c, g, h
 from attnlib.kernels import KERNELS, Kernel, chosen
 from attnlib.naive import LINEAR, ROWS
-from attnlib.views import HEAD_OFFSETS, View, fits_one_batch, views
+from attnlib.views import HEAD_OFFSETS, MOST, View, fits_one_batch, views
 
 PHASES = ("forward", "backward")
 TERMS = ("results of one call", "copies made for its kernel", "workspace")
@@ -28,21 +28,21 @@ def is_dense(size: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def terms_of(kernel: Kernel, view: View, shape: Shape, phase: str, device: str) -> tuple[int, int, int]:
-    """TERMS in bytes for a kernel's call on one view in `phase`."""
+def terms_of(kernel: Kernel, view: View, shape: Shape, phase: str, device: str, joins: bool) -> tuple[int, int, int]:
+    """TERMS in bytes for a kernel's call on one view in `phase`, of which the results are joined to others or not."""
     (b, heads, n), width = view.size, shape.head_dim
     if n == 1 and kernel.name == "cudnn":
         kernel = KERNELS["flash"]
     part = Shape(b, heads, n, width, shape.dtype, shape.causal)
     linear, rows = part.input_bytes // 3, 4 * b * heads * n
     if phase == "forward":
-        joining = 2 * rows * (device == "cpu")  # the weights of the plain merge
+        joining = 2 * rows * (joins and device == "cpu")  # the weights of the plain merge
         workspace = max(part.evaluate(kernel.forward_bytes, device), joining)
         return linear + rows, 0, workspace
     along_b, along_h, along_n, _ = view.strides((shape.heads * shape.seq_len, shape.seq_len, 1))
     # FlashAttention-2 also takes whole heads in segments as a batch of one head
     orders = [((b, n, heads), (along_b, along_n, along_h)), ((heads, b, n), (along_h, along_b, along_n))]
-    dense = [is_dense(*order) for order in orders[: kernel.copies]]
+    dense = [is_dense(*order) for order in orders[: kernel.copies if b * heads <= MOST else 1]]
     copies = 0 if any(dense) else kernel.copies * linear
     lse = 0 if any(dense[1:]) or is_dense(view.size, (along_b, along_h, along_n)) else rows
     return 3 * linear, copies + lse, part.evaluate(kernel.backward_bytes, device)
@@ -61,7 +61,7 @@ def _largest(of_first: bool, phase: str, kernel: str | None, shape: Shape, devic
     branches = sorted(zip(config[:half], config[half:], strict=True), key=lambda pair: pair[1])
     calls = [v for w, r in branches for v in views(shape.batch, shape.heads, shape.seq_len, w, r, offsets)]
     rest = calls[:1] if of_first else calls[1:]
-    found = [terms_of(underneath, view, shape, phase, device) for view in rest]
+    found = [terms_of(underneath, view, shape, phase, device, not of_first) for view in rest]
     b, heads, n = calls[0].size
     return max(found, key=sum, default=(0, 0, 0)), b * heads * n == shape.batch * shape.heads * shape.seq_len
 

@@ -6,8 +6,9 @@ import pandas as pd
 import torch
 
 from attnlib import dilated
-from attnlib.core import Shape, Variant
+from attnlib.core import AttnError, Shape, Variant
 from attnlib.crossover import work
+from attnlib.measure import POINT
 from attnlib.results import published
 from attnlib.sparse import BLOCK
 from attnlib.tables import MIB, NO_FIGURE, digits, size, table
@@ -15,6 +16,7 @@ from attnlib.tables import MIB, NO_FIGURE, digits, size, table
 PUBLISHED = "004_gtx1080_dilated"
 TABLES = ("quick", "length", "heads", "batch", "segments")
 FIGURES = [
+    "seq_len",
     "forward_ms",
     "backward_ms",
     "forward_backward_ms",
@@ -115,8 +117,11 @@ def segments(both: pd.DataFrame):
 
 def with_counts(rows: pd.DataFrame, points: list[tuple[Variant, Shape]], kind: str) -> pd.DataFrame:
     """Rows measured at `points`, in their order, with `operations` (forward), `input_bytes`, and the laws' bytes on a
-    device of that `kind`."""
+    device of that `kind`. Raises AttnError where they are others."""
     found = rows.reset_index(drop=True)
+    asked = [[variant.name, *shape.columns().values()] for variant, shape in points]
+    if found[POINT].to_numpy().tolist() != asked:
+        raise AttnError("the rows are not those of the points asked for, in their order: measure again")
     found["operations"] = [work(variant, shape, "forward") for variant, shape in points]
     found["input_bytes"] = [shape.input_bytes for _, shape in points]
     for account in ("saved", "forward_peak", "backward_peak"):
@@ -168,6 +173,13 @@ def remedies(rows: pd.DataFrame, base: str):
             names |= {"ms": digits(row.forward_backward_ms), "faster": f"{gain:.2f}×", "promised": f"{promised:.2f}×"}
             found.append(names | {"kept of the promise": f"{gain / promised:.0%}"})
     return table(pd.DataFrame(found))
+
+
+def between(cell: pd.DataFrame) -> str:
+    """The lengths that the runs of one crossover found, rounded: "7,700 to 9,200", or one if they agree."""
+    found = sorted(cell["seq_len"])
+    ends = [f"{float(f'{n:.2g}'):,.0f}" if math.isfinite(n) else "beyond those tried" for n in (found[0], found[-1])]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def window_like(seen: torch.Tensor) -> torch.Tensor:

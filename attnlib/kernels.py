@@ -14,6 +14,7 @@ from attnlib import sdpa
 from attnlib import sdpa_laws as laws
 from attnlib.core import AttnError, Shape
 from attnlib.merging import packed
+from attnlib.views import MOST
 
 aten = torch.ops.aten
 
@@ -52,7 +53,7 @@ def _flash_backward(do, q, k, v, o, lse, causal):
     # it takes do and o contiguous as [b, n, h, D], and copies them slowly if not: whole heads in segments are, as a
     # batch of one head
     b, h = q.shape[:2]
-    whole = all(x.transpose(0, 1).is_contiguous() for x in (do, q, k, v, o))
+    whole = b * h <= MOST and all(x.transpose(0, 1).is_contiguous() for x in (do, q, k, v, o))
     if whole:
         do, q, k, v, o, lse = (x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in (do, q, k, v, o, lse))
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a generator that dropout 0 never asks
@@ -163,7 +164,7 @@ def chosen(name: str | None, shape: Shape, device) -> Kernel:
         if not able:
             raise AttnError(f"no flash kernel takes {shape.dtype} with head_dim {shape.head_dim} on {device}")
         return able[0]
-    if name not in KERNELS:
+    if not isinstance(name, str) or name not in KERNELS:
         raise AttnError(f"kernel must be one of {', '.join(KERNELS)}, not {name!r}")
     if reason := KERNELS[name].needs(shape, device):
         raise AttnError(reason)

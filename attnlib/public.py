@@ -56,9 +56,8 @@ def scattered(rows, rate: int, like):
 def torchscale(q, k, v, *, segment_lengths, dilation_rates, causal=False, attend: Callable = flash):
     """Gather, flash kernel, scatter, weighted sum. Offsets j // ⌈H/r⌉; the weights are constants to autograd; padding
     takes part in the softmax, and where r does not divide w it moves all later segments."""
-    check(q, k, v, segment_lengths, dilation_rates, "grouped")
     outputs, denominators = [], []
-    for width, rate in zip(segment_lengths, dilation_rates, strict=True):
+    for width, rate in check(q, k, v, causal, segment_lengths, dilation_rates, "grouped"):
         o, lse = attend(*(gathered(x, min(width, q.shape[2]), rate) for x in (q, k, v)), causal)
         outputs.append(scattered(o, rate, q))
         lse = scattered(lse.detach().unsqueeze(-1), rate, q)

@@ -3,18 +3,19 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from IPython.display import Markdown, display
 
 from attnlib import device as dev
 from attnlib import variant
 from attnlib.core import AttnError, Shape, Variant
-from attnlib.measure import COLUMNS, POINT
+from attnlib.measure import COLUMNS, POINT, STATUSES
 from attnlib.published import read
 from attnlib.sweep import Worker, is_sound, sweep
 
@@ -74,6 +75,23 @@ def machines(folder: Path) -> dict[str, dict]:
     raise AttnError(f"data/{folder.name}/machine.json is damaged: delete it and measure again")
 
 
+def unsound(rows: pd.DataFrame, numbers: list[str]) -> Iterator[tuple[int, str]]:
+    """Lines of a CSV that cannot be what was written, and why: there twice, no shape or status, ok without figures."""
+    for at in rows.index[rows.duplicated()]:
+        yield at + 2, "the row is there twice"
+    if {*POINT[1:]} <= {*rows}:
+        for at, *sizes in rows[POINT[1:]].astype(object).drop_duplicates().itertuples():
+            try:
+                Shape(*sizes)
+            except AttnError as error:
+                yield at + 2, str(error)
+    if "status" in rows:
+        for at in rows.index[~rows["status"].isin(STATUSES)]:
+            yield at + 2, f"status {rows['status'][at]!r} is none of {', '.join(STATUSES)}"
+        for at in rows.index[(rows["status"] == "ok") & rows[numbers].isna().any(axis=1)]:
+            yield at + 2, "it is ok and lacks figures"
+
+
 def rows_of(path: Path, numbers: Iterable[str] = ()) -> pd.DataFrame:
     """The rows of a CSV of data/<device>/, with the description of their machine in `.attrs["machine"]`.
 
@@ -92,7 +110,7 @@ def rows_of(path: Path, numbers: Iterable[str] = ()) -> pd.DataFrame:
         raise AttnError(f"{where} lacks the column(s) {', '.join(missing)}")
     for column in numbers:
         figures = pd.to_numeric(rows[column], errors="coerce")
-        if (bad := (figures.isna() & rows[column].notna()) | (figures < 0)).any():
+        if (bad := (figures.isna() & rows[column].notna()) | (figures < 0) | (figures == math.inf)).any():
             line = int(bad.argmax()) + 2
             raise AttnError(
                 f"{where}, line {line}, column {column}: {rows[column][line - 2]!r} is not a number from 0 up"
@@ -102,6 +120,8 @@ def rows_of(path: Path, numbers: Iterable[str] = ()) -> pd.DataFrame:
         raise AttnError(f"{where} has {len(rows)} row(s) where {written} were written: measure again")
     if len(rows.drop_duplicates(["machine", "torch"])) != 1:
         raise AttnError(f"{where} is empty, or holds rows of more than one machine or torch")
+    for line, text in unsound(rows, numbers):
+        raise AttnError(f"{where}, line {line}: {text}")
     if (machine := rows["machine"].iloc[0]) not in known:
         raise AttnError(f"{where} was measured on {machine}, which machine.json does not describe")
     rows.attrs["machine"] = known[machine]
@@ -174,6 +194,8 @@ class Run:
         if replay:
             self.folder, self.machine = device, machine_of(device, notebook[:2])
             self.device = self.machine["kind"]
+            if self.device == "cpu" and "threads" in self.machine:  # the CPU's kernels take memory for each thread
+                torch.set_num_threads(self.machine["threads"])
         else:
             self.device, self.worker = dev.resolve(device), Worker()
             self.machine = self.worker.call(dev.describe, self.device)
@@ -190,15 +212,18 @@ class Run:
         """
         name = f"{self.notebook[:2]}_{name}"
         if not self.replay:
-            self._introduce(name, len({(variant.name, shape) for variant, shape in points}))
+            self._introduce()
             path = ROOT / "data" / self.folder / f"{name}.csv"
             limits = {"budget_s": budget_s or self.profile.budget_s, "timeout_s": self.profile.timeout_s}
             sweep(points, path, self.machine, device=self.device, worker=self.worker, **limits)
+            self._introduce(name, len({(variant.name, shape) for variant, shape in points}))
         return load(self.folder, name)
 
     def has(self, name: str) -> bool:
-        """Whether there are rows of that name to be had: measured now, or from a file of data/<device>/ in a replay."""
-        return not self.replay or (ROOT / "data" / self.folder / f"{self.notebook[:2]}_{name}.csv").exists()
+        """Whether there are rows of that name to be had: measured now, or once, which a replay must then find."""
+        name = f"{self.notebook[:2]}_{name}"
+        written = name in self.machine.get("rows", {})
+        return not self.replay or written or (ROOT / "data" / self.folder / f"{name}.csv").exists()
 
     def record(self, name: str, rows: Iterable[dict], numbers: Iterable[str]) -> pd.DataFrame:
         """Any other rows, as they are produced now, or from data/<device>/<notebook number>_<name>.csv in a replay.
@@ -214,8 +239,9 @@ class Run:
         if not self.replay:
             self.worker.stop()
             frame = pd.DataFrame(rows).assign(machine=self.machine["machine"], torch=self.machine["torch"])
-            self._introduce(path.stem, len(frame))
+            self._introduce()
             write(path, frame.to_csv(index=False))
+            self._introduce(path.stem, len(frame))
         return rows_of(path, numbers)
 
     def _known(self) -> dict[str, dict]:
@@ -223,14 +249,14 @@ class Run:
         folder = ROOT / "data" / self.folder
         return machines(folder) if (folder / "machine.json").exists() else {}
 
-    def _introduce(self, name: str, count: int):
-        """Describe this machine in the folder's machine.json, beside those whose rows are still there, and say there
-        that <name>.csv is measured today (`dates`) and how many rows it will have (`rows`)."""
+    def _introduce(self, name: str = "", count: int = 0):
+        """Describe this machine in the folder's machine.json, beside those whose rows are still there; with a name, say
+        there that <name>.csv was measured today (`dates`) and how many rows it has (`rows`)."""
         folder, me = ROOT / "data" / self.folder, self.machine["machine"]
         texts = [path.read_text() for path in folder.glob("*.csv")]
         kept = {one: facts for one, facts in self._known().items() if one != me and any(one in text for text in texts)}
         before, now = self._known().get(me, {}), {"dates": self.machine["date"], "rows": count}
-        notes = {what: before.get(what, {}) | {name: value} for what, value in now.items()}
+        notes = {what: before.get(what, {}) | ({name: value} if name else {}) for what, value in now.items()}
         write(folder / "machine.json", json.dumps({**kept, me: self.machine | notes}, indent=1) + "\n")
 
     def agreement(self, name: str) -> pd.DataFrame | None:

@@ -110,7 +110,12 @@ PATTERNS = (window, strided, random_blocks)
 
 
 def variant(name: str, pattern: Callable, number: int) -> Variant:
-    """A pattern as a Variant; what PyTorch's compiler allocates is its own choice, so there is no law."""
+    """A pattern as a Variant; what PyTorch's compiler allocates is its own choice, so there is no law.
+
+    Raises AttnError for a `number` below 1.
+    """
+    if number < 1:
+        raise AttnError(f"{name}: the pattern's number must be at least 1, not {number}")
     pairs = Pairs(PATTERNS.index(pattern), number, N, c)
     how = {"pattern": pattern, "number": number}
     return Variant(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 HEAD_OFFSETS = ("modulo", "grouped")
+MOST = 2**15  # along a kernel's axis: a CUDA grid has room for 65,535 blocks in its second and third direction
 
 
 def offset(head: int, heads: int, rate: int, head_offsets: str) -> int:
@@ -20,13 +21,15 @@ def offset(head: int, heads: int, rate: int, head_offsets: str) -> int:
 
 def fits_one_batch(batch: int, heads: int, rates, head_offsets: str) -> bool:
     """Whether a batch of several can be taken for one of more heads: where the offsets of all heads go on in step."""
-    return batch > 1 and head_offsets == "modulo" and all(heads % rate == 0 for rate in rates)
+    in_step = head_offsets == "modulo" and all(heads % rate == 0 for rate in rates)
+    return in_step and batch > 1 and batch * heads <= MOST
 
 
 def segments(seq_len: int, width: int) -> list[tuple[int, int, int]]:
-    """`(start, count, width)`: the whole segments, and the shorter one at the end, where there are such."""
+    """`(start, count, width)`: the whole segments, at most MOST at once, and the shorter one at the end, if any."""
     whole, rest = divmod(seq_len, width)
-    return [(0, whole, width)] * (whole > 0) + [(whole * width, 1, rest)] * (rest > 0)
+    found = [(at * width, min(MOST, whole - at), width) for at in range(0, whole, MOST)]
+    return found + [(whole * width, 1, rest)] * (rest > 0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def folded(axes: list[tuple], start: tuple, rows: int, rate: int) -> Iterator[Vi
     sizes, steps = zip(*inner, strict=True)
     for turn in range(looped[0]):
         here = tuple(a + turn * b for a, b in zip(start, looped[1], strict=True))
-        yield View((*sizes, rows), here, (*steps, (0, 0, rate)))
+        yield View((*sizes, rows), here, (*steps, (0, 0, rate if rows > 1 else 1)))
 
 
 def adopted(part: torch.Tensor, view: View, like: torch.Tensor) -> torch.Tensor | None:

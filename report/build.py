@@ -52,7 +52,9 @@ def execute(notebook: Path, target: Path, parameters: dict):
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # or each kernel prints a warning
         )
     except papermill.PapermillExecutionError as error:
-        raise AttnError(f"{notebook.name} failed: {error.ename}: {error.evalue.splitlines()[0]}") from error
+        raise AttnError(
+            f"{notebook.name} failed: {error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''}"
+        ) from error
     except DeadKernelError as error:
         raise AttnError(f"{notebook.name} failed: its kernel died") from error
     draft.rename(target)

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from attnlib.accuracy import RESULTS, compared
 from attnlib.core import ACCOUNTS, AttnError, Shape
 from attnlib.kernels import KERNELS
 from attnlib.memory import observe
+from attnlib.views import MOST
 
 # segment lengths, dilation rates, batch, heads, length
 CONFIGS = [
@@ -87,7 +89,9 @@ def test_pairs_are_those_that_the_oracle_sees(causal):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    "config", [*CONFIGS, ((64, 128, 256), (1, 2, 4), 1, 4, 512), ((64, 128), (1, 2), 2, 1, 512)], ids=str
+    "config",
+    [*CONFIGS, ((64, 128, 256), (1, 2, 4), 1, 4, 512), ((64, 128), (1, 2), 2, 1, 512), ((512,), (1,), 1, 100, 512)],
+    ids=str,
 )
 @pytest.mark.parametrize("head_offsets", dilated.HEAD_OFFSETS)
 @pytest.mark.parametrize("causal", [False, True])
@@ -139,8 +143,16 @@ BAD = [
     ({"dilation_rates": (1, -2)}, "positive integers"),
     ({"dilation_rates": (1, 2.0)}, "positive integers"),
     ({"dilation_rates": (1, True)}, "positive integers"),
+    ({"dilation_rates": None}, "positive integers"),
+    ({"segment_lengths": 4}, "positive integers"),
+    ({"segment_lengths": "48"}, "positive integers"),
+    ({"segment_lengths": {4, 8}}, "positive integers"),
+    ({"segment_lengths": [[4], [8]]}, "positive integers"),
     ({"dilation_rates": (1, 9)}, "exceeds its segment"),
     ({"head_offsets": "random"}, "modulo, grouped"),
+    ({"head_offsets": ["modulo"]}, "modulo, grouped"),
+    ({"causal": "yes"}, "causal must be"),
+    ({"causal": None}, "causal must be"),
 ]
 
 
@@ -150,6 +162,49 @@ def test_bad_configurations_get_one_line(fn, change, message):
     config = {"segment_lengths": (4, 8), "dilation_rates": (1, 2), **change}
     with pytest.raises(AttnError, match=message):
         fn(*Shape(1, 2, 16, 4).inputs(), **config)
+
+
+@pytest.mark.parametrize("fn", [dilated.dilated, dilated.dilated_reference])
+@pytest.mark.parametrize("many", [list, np.array, iter, torch.tensor], ids=str)
+def test_lists_may_be_anything_in_order(fn, many):
+    inputs = Shape(1, 2, 16, 4).inputs()
+    want = fn(*inputs, segment_lengths=(4, 8), dilation_rates=(1, 2))
+    assert torch.equal(fn(*inputs, segment_lengths=many([4, 8]), dilation_rates=many([1, 2])), want)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (((), ()), "not empty"),
+        (((4,), (5,)), "exceeds"),
+        (((4, 8), (1,)), "same length"),
+        (((4,), (1,), "other"), "modulo, grouped"),
+        (((4,), (1,), "modulo", "flash9"), "kernel must be one of"),
+    ],
+    ids=str,
+)
+def test_a_variant_of_no_configuration_is_refused(config, message):
+    with pytest.raises(AttnError, match=message):
+        dilated.variant("bad", *config)
+
+
+def test_segments_beyond_any_sequence_are_the_whole_of_it():
+    inputs = Shape(1, 2, 40, 4).inputs()
+    config = {"segment_lengths": (2**63, 2**62), "dilation_rates": (1, 2**62)}
+    torch.testing.assert_close(dilated.dilated(*inputs, **config), dilated.dilated_reference(*inputs, **config))
+
+
+def test_rows_that_overlap_are_copied():
+    windows = torch.randn(1, 2, 49).unfold(-1, 33, 1)
+    config = {"segment_lengths": (16,), "dilation_rates": (1,)}
+    apart = windows.contiguous()
+    assert torch.equal(dilated.dilated(*[windows] * 3, **config), dilated.dilated(*[apart] * 3, **config))
+
+
+def test_no_axis_is_longer_than_a_grid_of_blocks():
+    found = list(dilated.views(1, 2, 3 * MOST + 5, 1, 1, "modulo"))
+    assert max(max(view.size[:2]) for view in found) <= MOST
+    assert sum(math.prod(view.size) for view in found) == 2 * (3 * MOST + 5)
 
 
 def test_bad_tensors_get_one_line():
@@ -162,6 +217,9 @@ def test_bad_tensors_get_one_line():
         ([x[:, :0] for x in (q, k, v)], "no size zero"),
         ([x.int() for x in (q, k, v)], "floating-point"),
         ([x.double() for x in (q, k, v)], "dtype must be one of"),
+        ([x.to(torch.float8_e4m3fn) for x in (q, k, v)], "16 bits or more"),
+        ((None, k, v), "must be tensors"),
+        ([x.to_sparse() for x in (q, k, v)], "neither sparse"),
     ):
         with pytest.raises(AttnError, match=message):
             dilated.dilated(*bad, **config)
@@ -169,7 +227,12 @@ def test_bad_tensors_get_one_line():
 
 def test_a_kernel_that_cannot_run_there_is_refused():
     config = {"segment_lengths": (4,), "dilation_rates": (1,)}
-    for kernel, message in (("cudnn", "CUDA"), ("flash9", "kernel must be one of"), ("fa4", "CUDA|pip install")):
+    for kernel, message in (
+        ("cudnn", "CUDA"),
+        ("flash9", "kernel must be one of"),
+        (["cpu"], "kernel must be one of"),
+        ("fa4", "CUDA|pip install"),
+    ):
         with pytest.raises(AttnError, match=message):
             dilated.dilated(*Shape(1, 2, 16, 8).inputs(), **config, kernel=kernel)
 

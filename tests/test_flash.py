@@ -178,7 +178,7 @@ def folder(tmp_path, monkeypatch, rows, written):
     (tmp_path / "data" / "x").mkdir(parents=True)
     machine = {"machine": "m", "kind": "cpu", "ceilings": {}, "date": "today", "rows": {"03_race": written}}
     (tmp_path / "data" / "x" / "machine.json").write_text(json.dumps({"m": machine}))
-    pd.DataFrame({"machine": ["m"] * rows, "torch": ["2"] * rows, "ms": [1.0] * rows}).to_csv(
+    pd.DataFrame({"machine": ["m"] * rows, "torch": ["2"] * rows, "ms": [float(at) for at in range(rows)]}).to_csv(
         tmp_path / "data" / "x" / "03_race.csv", index=False
     )
 
@@ -187,6 +187,39 @@ def test_a_file_that_lost_rows_is_told(tmp_path, monkeypatch):
     folder(tmp_path, monkeypatch, rows=3, written=4)
     with pytest.raises(AttnError, match="3 row.* where 4 were written"):
         results.Run("03_flash", "x", "full", True).record("race", iter(()), ["ms"])
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "message"),
+    [
+        ("ms", [1.0, math.inf], "not a number"),
+        ("ms", [1.0, None], "lacks figures"),
+        ("status", ["ok", "fast"], "status 'fast'"),
+        ("dtype", ["float32", "float8"], "dtype"),
+        ("seq_len", [8, 8], "there twice"),
+    ],
+)
+def test_a_damaged_row_is_told_with_its_line(tmp_path, monkeypatch, column, cells, message):
+    folder(tmp_path, monkeypatch, rows=2, written=2)
+    path = tmp_path / "data" / "x" / "03_race.csv"
+    sizes = {"batch": 1, "heads": 1, "seq_len": [8, 16], "head_dim": 4, "dtype": "float32", "causal": False}
+    rows = pd.read_csv(path).assign(**sizes, status="ok", ms=1.0)
+    rows.to_csv(path, index=False)
+    assert len(results.rows_of(path, ["ms"])) == 2
+    rows.assign(**{column: cells}).to_csv(path, index=False)
+    with pytest.raises(AttnError, match=f"line [23].*{message}"):
+        results.rows_of(path, ["ms"])
+
+
+def test_a_file_that_was_written_must_be_there(tmp_path, monkeypatch):
+    folder(tmp_path, monkeypatch, rows=4, written=4)
+    machine = json.loads((tmp_path / "data" / "x" / "machine.json").read_text())
+    machine["m"]["rows"]["03_traffic"] = 14
+    (tmp_path / "data" / "x" / "machine.json").write_text(json.dumps(machine))
+    run = results.Run("03_flash", "x", "full", True)
+    assert run.has("traffic") and not run.has("frontier")
+    with pytest.raises(AttnError, match="03_traffic.csv"):
+        run.record("traffic", iter(()), [])
 
 
 def test_a_replay_says_which_file_is_missing(tmp_path, monkeypatch):

@@ -2,11 +2,12 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 
 from attnlib import dilated_tables, public
-from attnlib.core import Shape
+from attnlib.core import AttnError, Shape
 from attnlib.dilated import dilated_reference
 
 CONFIG = {"segment_lengths": (16, 32, 64), "dilation_rates": (1, 2, 4)}
@@ -85,6 +86,14 @@ def test_the_published_points_are_all_there():
         name = dilated_tables.label(dilated_tables.lists(row.segment_lengths), dilated_tables.lists(row.dilation_rates))
         shape = Shape(row.batch, row.heads, row.seq_len, row.head_dim)
         assert any(v.name == name and s == shape for v, s in points)
+
+
+def test_rows_of_other_points_are_told():
+    points = dilated_tables.published_points("float32", 1024, "cpu")
+    rows = pd.DataFrame([{"variant": v.name, **s.columns()} for v, s in points])
+    assert (dilated_tables.with_counts(rows, points, "cpu")["operations"] > 0).all()
+    with pytest.raises(AttnError, match="not those of the points"):
+        dilated_tables.with_counts(rows[::-1], points, "cpu")
 
 
 def test_shares_of_pairs_by_distance():

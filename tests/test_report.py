@@ -109,6 +109,12 @@ def test_a_failing_notebook_leaves_no_report(copy, build):
     assert not list(out.glob("report.*")) and not (out / "notebooks" / "01_test.ipynb").exists()
 
 
+def test_an_error_without_a_text_is_one_line_too(copy, build):
+    replace_notebook(copy, PARAMETERS, "assert 1 == 2")
+    status, err = build("replay", "--device", "nvidia-h200")
+    assert is_one_line_error(status, err) and "AssertionError" in err
+
+
 def test_a_killed_kernel_leaves_no_report(copy, build):
     replace_notebook(copy, PARAMETERS, "import os\nos.kill(os.getpid(), 9)")
     assert is_one_line_error(*build("replay", "--device", "nvidia-h200"))
