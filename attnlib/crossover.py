@@ -26,17 +26,7 @@ LEVEL = 0.99  # of the intervals: a table of a few dozen shall hold as a whole
 # "What Teachers Should Know About the Bootstrap": expanded percentile intervals)
 FEW = 4.604 / 2.576 * math.sqrt(BATCHES / (BATCHES - 1))
 RATIO = ["ratio", "low", "high"]
-DUEL = [
-    "batch",
-    "heads",
-    "seq_len",
-    "head_dim",
-    "first_ms",
-    "second_ms",
-    *RATIO,
-    "rounds",
-    "run",
-]  # numbers of a duel's row
+DUEL = ["batch", "heads", "seq_len", "head_dim", "first_ms", "second_ms", *RATIO, "rounds", "run"]  # a duel's numbers
 RACE = ["seq_len", "head_dim", "ms", "do_bench_ms", "gemm_ms", "share", "of_default", "of_default_low"]
 RACE += ["of_default_high", "gemm_tflop_s"]  # numbers of a race's row
 HEAT = ["batch", "heads", "seq_len", "head_dim", "ms", "tflop_s"]  # of a heat's

@@ -8,13 +8,13 @@ import torch
 from attnlib import dilated
 from attnlib.core import AttnError, Shape, Variant
 from attnlib.crossover import work
+from attnlib.flash_tables import mask
 from attnlib.measure import POINT
-from attnlib.results import published
 from attnlib.sparse import BLOCK
-from attnlib.tables import MIB, NO_FIGURE, digits, size, table
+from attnlib.stored import published
+from attnlib.tables import NO_FIGURE, digits, size, table
 
 PUBLISHED = "004_gtx1080_dilated"
-TABLES = ("quick", "length", "heads", "batch", "segments")
 FIGURES = [
     "seq_len",
     "forward_ms",
@@ -64,12 +64,9 @@ def quick(both: pd.DataFrame):
         tokens = row.batch * row.seq_len
         names = {"seq_len": row.seq_len, "batch": row.batch}
         names |= {"ms": digits(row.forward_ms_ours), "ms, 004": digits(row.forward_ms_theirs)}
-        ours = row.forward_peak_bytes + row.input_bytes
-        names |= {"MiB": digits(ours / MIB), "MiB, 004": digits(row.memory_mib)}
-        names |= {
-            "KiB per token": digits(ours / tokens / 1024),
-            "tokens per s": f"{1e3 * tokens / row.forward_ms_ours:,.0f}",
-        }
+        names |= {"MiB": digits(row.kib_per_token * tokens / 1024), "MiB, 004": digits(row.memory_mib)}
+        names |= {"KiB per token": digits(row.kib_per_token)}
+        names |= {"tokens per s": f"{1e3 * tokens / row.forward_ms_ours:,.0f}"}
         found.append(names | {"tokens per s, 004": f"{1e3 * tokens / row.forward_ms_theirs:,.0f}"})
     return table(pd.DataFrame(found))
 
@@ -90,10 +87,7 @@ def along(both: pd.DataFrame, name: str, axis: str):
     for which, columns in zip(("", ", 004"), found, strict=True):
         for column, cells in columns.items():
             frame[f"{column}{which}"] = cells
-    frame["KiB per token"] = [
-        digits((r.forward_peak_bytes + r.input_bytes) / r.batch / r.seq_len / 1024) for r in rows.itertuples()
-    ]
-    return table(frame)
+    return table(frame.assign(**{"KiB per token": rows["kib_per_token"].map(digits)}))
 
 
 def segments(both: pd.DataFrame):
@@ -116,14 +110,15 @@ def segments(both: pd.DataFrame):
 
 
 def with_counts(rows: pd.DataFrame, points: list[tuple[Variant, Shape]], kind: str) -> pd.DataFrame:
-    """Rows measured at `points`, in their order, with `operations` (forward), `input_bytes`, and the laws' bytes on a
-    device of that `kind`. Raises AttnError where they are others."""
+    """Rows measured at `points`, in their order, with `operations` and `kib_per_token` (forward, inputs included), and
+    the laws' bytes on a device of that `kind`. Raises AttnError where they are others."""
     found = rows.reset_index(drop=True)
     asked = [[variant.name, *shape.columns().values()] for variant, shape in points]
     if found[POINT].to_numpy().tolist() != asked:
         raise AttnError("the rows are not those of the points asked for, in their order: measure again")
     found["operations"] = [work(variant, shape, "forward") for variant, shape in points]
-    found["input_bytes"] = [shape.input_bytes for _, shape in points]
+    held = found["forward_peak_bytes"] + [shape.input_bytes for _, shape in points]
+    found["kib_per_token"] = held / found["batch"] / found["seq_len"] / 1024
     for account in ("saved", "forward_peak", "backward_peak"):
         laws = [v.law.bytes(account, s, kind) if v.law else math.nan for v, s in points]
         found[f"{account}_law_bytes"] = laws
@@ -213,7 +208,7 @@ def shares(heats: pd.DataFrame, kernels: dict[str, str], baseline: str) -> pd.Da
 
 def raced(found: pd.DataFrame):
     """`shares` as a table."""
-    rows = found.assign(mask=found["causal"].map({True: "causal", False: "full"}), dilated=found["tflop_s"].map(digits))
+    rows = found.assign(mask=mask(found), dilated=found["tflop_s"].map(digits))
     for title, rate, share in (
         ("dense", "dense_tflop_s", "share"),
         ("dense, short rows", "short_tflop_s", "short_share"),
@@ -226,7 +221,7 @@ def raced(found: pd.DataFrame):
 
 def audited(rows: pd.DataFrame):
     """public.audit as a table: how far each definition lies from the paper's."""
-    frame = rows.assign(mask=rows["causal"].map({True: "causal", False: "full"}))
+    frame = rows.assign(mask=mask(rows))
     for what in ("o", "dq", "dk", "dv"):
         frame[what] = [digits(x) if x > 1e-9 else "equal" for x in rows[f"{what}_off"]]
     frame["rows of 0"] = [f"{x:.0%}" for x in rows["zero_rows"]]

@@ -9,7 +9,7 @@ from attnlib import VARIANTS, fit, published
 from attnlib.check import SOURCES
 from attnlib.core import ACCOUNTS, SYMBOLS, Law, N, Shape, Variant
 from attnlib.memory import ledger
-from attnlib.results import ROOT
+from attnlib.stored import ROOT
 from attnlib.tables import GIB, MIB, NO_FIGURE, digits, table
 
 CLAIMED = {"naive_custom": 3, "naive": 2, "naive_weights_only": 1}  # N×N tensors, by the published A800 report

@@ -27,7 +27,7 @@ def merge(o, lse, part, part_lse):
 def add(total, part):
     """Add `part` to `total` in place."""
     if total.is_cuda:
-        return tiles(_add_tiles, total, (total, part))
+        return tiles(_into_tiles, total, (total, part), ADD=True)
     total.add_(part)
 
 
@@ -36,16 +36,16 @@ def packed(x):
     if x.transpose(1, 2).is_contiguous():
         return x
     rows = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-    tiles(_copy_tiles, x, (rows, x))
+    tiles(_into_tiles, x, (rows, x), ADD=False)
     return rows
 
 
-def tiles(kernel, like, tensors):
+def tiles(kernel, like, tensors, **constants):
     """Run a Triton kernel over tiles of ROWS rows of `like`, given its tensors and their strides along b, h and n."""
     b, h, n, width = like.shape
     strides = [stride for x in tensors for stride in x.stride()[:3]]
     blocks = triton.cdiv(n, ROWS)
-    kernel[(b * h * blocks,)](*tensors, *strides, h, n, blocks, width, triton.next_power_of_2(width), ROWS)
+    kernel[(b * h * blocks,)](*tensors, *strides, h, n, blocks, width, triton.next_power_of_2(width), ROWS, **constants)
 
 
 if importlib.util.find_spec("triton"):
@@ -79,23 +79,15 @@ if importlib.util.find_spec("triton"):
         tl.store(lse, tl.maximum(old, new) + tl.log(1 + tl.exp(-tl.abs(old - new))), inside)
 
     @triton.jit
-    def _add_tiles(
-        total, part, ob, oh, on, pb, ph, pn, heads, rows, blocks, D, WIDTH: tl.constexpr, ROWS: tl.constexpr
-    ):
+    def _into_tiles(
+        target, source, ob, oh, on, pb, ph, pn,
+        heads, rows, blocks, D, WIDTH: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    ):  # fmt: skip
         b, h, n, inside = _place(heads, rows, blocks, ROWS)
         d = tl.arange(0, WIDTH)
         cells = inside[:, None] & (d < D)[None, :]
-        total += (b * ob + h * oh + n * on)[:, None] + d[None, :]
-        mine = tl.load(total, cells, 0.0).to(tl.float32)
-        theirs = tl.load(part + (b * pb + h * ph + n * pn)[:, None] + d[None, :], cells, 0.0).to(tl.float32)
-        tl.store(total, mine + theirs, cells)
-
-    @triton.jit
-    def _copy_tiles(
-        target, source, ob, oh, on, pb, ph, pn, heads, rows, blocks, D, WIDTH: tl.constexpr, ROWS: tl.constexpr
-    ):
-        b, h, n, inside = _place(heads, rows, blocks, ROWS)
-        d = tl.arange(0, WIDTH)
-        cells = inside[:, None] & (d < D)[None, :]
-        values = tl.load(source + (b * pb + h * ph + n * pn)[:, None] + d[None, :], cells)
-        tl.store(target + (b * ob + h * oh + n * on)[:, None] + d[None, :], values, cells)
+        target += (b * ob + h * oh + n * on)[:, None] + d[None, :]
+        values = tl.load(source + (b * pb + h * ph + n * pn)[:, None] + d[None, :], cells, 0.0).to(tl.float32)
+        if ADD:
+            values += tl.load(target, cells, 0.0).to(tl.float32)
+        tl.store(target, values, cells)

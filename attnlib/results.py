@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,9 @@ import torch
 from IPython.display import Markdown, display
 
 from attnlib import device as dev
-from attnlib import variant
+from attnlib import stored
 from attnlib.core import AttnError, Shape, Variant
-from attnlib.measure import COLUMNS, POINT, STATUSES
-from attnlib.published import read
-from attnlib.sweep import Worker, is_sound, sweep
-
-ROOT = Path(__file__).parent.parent
+from attnlib.sweep import Worker, sweep
 
 
 @dataclass(frozen=True)
@@ -52,130 +48,6 @@ def write(path: Path, text: str):
         raise AttnError(f"cannot write {path}: {error.strerror}") from error
 
 
-def devices() -> list[str]:
-    """The names of the folders of data/ that a report can be made from."""
-    return sorted(path.parent.name for path in (ROOT / "data").glob("*/machine.json"))
-
-
-def machines(folder: Path) -> dict[str, dict]:
-    """The machines that the CSVs of a folder were measured on: `{machine: description}`, from machine.json.
-
-    Raises AttnError if the folder is none of `devices()`, or the file is damaged.
-    """
-    if folder.name not in devices() or folder.parent != ROOT / "data":
-        raise AttnError(f"no data for device {folder.name!r} (there is: {', '.join(devices())})")
-    try:
-        known = json.loads((folder / "machine.json").read_text())
-        if all(
-            facts["machine"] == machine and facts["kind"] and "ceilings" in facts for machine, facts in known.items()
-        ):
-            return known
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        pass
-    raise AttnError(f"data/{folder.name}/machine.json is damaged: delete it and measure again")
-
-
-def unsound(rows: pd.DataFrame, numbers: list[str]) -> Iterator[tuple[int, str]]:
-    """Lines of a CSV that cannot be what was written, and why: there twice, no shape or status, ok without figures."""
-    for at in rows.index[rows.duplicated()]:
-        yield at + 2, "the row is there twice"
-    if {*POINT[1:]} <= {*rows}:
-        for at, *sizes in rows[POINT[1:]].astype(object).drop_duplicates().itertuples():
-            try:
-                Shape(*sizes)
-            except AttnError as error:
-                yield at + 2, str(error)
-    if "status" in rows:
-        for at in rows.index[~rows["status"].isin(STATUSES)]:
-            yield at + 2, f"status {rows['status'][at]!r} is none of {', '.join(STATUSES)}"
-        for at in rows.index[(rows["status"] == "ok") & rows[numbers].isna().any(axis=1)]:
-            yield at + 2, "it is ok and lacks figures"
-
-
-def rows_of(path: Path, numbers: Iterable[str] = ()) -> pd.DataFrame:
-    """The rows of a CSV of data/<device>/, with the description of their machine in `.attrs["machine"]`.
-
-    Raises AttnError if it cannot be read, is empty, lacks one of the columns `numbers` or has there what is no number
-    of at least 0 (nothing is allowed), or if it holds rows of more than one machine or torch version, or of a machine
-    that machine.json does not describe.
-    """
-    known, where, numbers = machines(path.parent), path.relative_to(ROOT), list(numbers)
-    try:
-        header = pd.read_csv(path, nrows=0).columns
-        blanks = {column: [""] for column in header if column not in ("phase", "reason", "kernel")}
-        rows = pd.read_csv(path, keep_default_na=False, na_values=blanks)
-    except (OSError, ValueError) as error:
-        raise AttnError(f"cannot read {where}: {error}") from error
-    if missing := [column for column in ("machine", "torch", *numbers) if column not in rows]:
-        raise AttnError(f"{where} lacks the column(s) {', '.join(missing)}")
-    for column in numbers:
-        figures = pd.to_numeric(rows[column], errors="coerce")
-        if (bad := (figures.isna() & rows[column].notna()) | (figures < 0) | (figures == math.inf)).any():
-            line = int(bad.argmax()) + 2
-            raise AttnError(
-                f"{where}, line {line}, column {column}: {rows[column][line - 2]!r} is not a number from 0 up"
-            )
-    written = known.get(str(rows["machine"].iloc[0]) if len(rows) else "", {}).get("rows", {}).get(path.stem)
-    if written is not None and written != len(rows):
-        raise AttnError(f"{where} has {len(rows)} row(s) where {written} were written: measure again")
-    if len(rows.drop_duplicates(["machine", "torch"])) != 1:
-        raise AttnError(f"{where} is empty, or holds rows of more than one machine or torch")
-    for line, text in unsound(rows, numbers):
-        raise AttnError(f"{where}, line {line}: {text}")
-    if (machine := rows["machine"].iloc[0]) not in known:
-        raise AttnError(f"{where} was measured on {machine}, which machine.json does not describe")
-    rows.attrs["machine"] = known[machine]
-    return rows
-
-
-def machine_of(folder: str, prefix: str = "") -> dict:
-    """The machine that the first CSV of data/<folder>/ whose name starts with `prefix` was measured on.
-
-    Its `date` names the day of each of these CSVs. Raises AttnError if there is no such data.
-    """
-    machines(ROOT / "data" / folder)
-    paths = sorted((ROOT / "data" / folder).glob(f"{prefix or '[0-9]'}*.csv"))
-    if not paths:
-        raise AttnError(f"data/{folder} has no CSV {prefix}*.csv")
-    machine = rows_of(paths[0]).attrs["machine"]
-    days = {machine.get("dates", {}).get(path.stem, machine["date"]) for path in paths}
-    return machine | {"date": " and ".join(sorted(days))}
-
-
-def load(device: str, name: str) -> pd.DataFrame:
-    """The rows of a sweep, data/<device>/<name>.csv.
-
-    Raises AttnError as `rows_of` does, and if columns are missing, or a row is damaged or there twice.
-    """
-    path = ROOT / "data" / device / f"{name}.csv"
-    rows, where = rows_of(path), path.relative_to(ROOT)
-    if "kernel" not in rows:  # rows measured before kernels were named
-        rows["kernel"] = ""
-    if missing := [column for column in COLUMNS if column not in rows]:
-        raise AttnError(f"{where} lacks the column(s) {', '.join(missing)}")
-    for number, row in enumerate(rows.astype(object).where(rows.notna(), "").to_dict("records"), 2):
-        try:
-            variant(row["variant"])
-            Shape(*(row[column] for column in POINT[1:]))
-            if not is_sound({column: str(cell) for column, cell in row.items()}):
-                raise AttnError("figures or status damaged")
-        except AttnError as error:
-            raise AttnError(f"{where}, line {number}: {error}") from error
-    if rows.duplicated(POINT).any():
-        raise AttnError(f"{where} names a point twice")
-    return rows
-
-
-def published(name: str) -> pd.DataFrame:
-    """Another report's table, data/published/<name>.csv: times in ms, memory in MiB, or MB where the column says so.
-
-    Raises AttnError, as published.read does, for a damaged table.
-    """
-    path = ROOT / "data" / "published" / f"{name}.csv"
-    read(path)
-    return pd.read_csv(path)
-
-
 def say(text: str):
     """Show a sentence with computed numbers in it as Markdown."""
     display(Markdown(text))
@@ -192,7 +64,7 @@ class Run:
     def __init__(self, notebook, device="auto", profile_name="full", replay=False, *, ceilings=False):
         self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
         if replay:
-            self.folder, self.machine = device, machine_of(device, notebook[:2])
+            self.folder, self.machine = device, stored.machine_of(device, notebook[:2])
             self.device = self.machine["kind"]
             if self.device == "cpu" and "threads" in self.machine:  # the CPU's kernels take memory for each thread
                 torch.set_num_threads(self.machine["threads"])
@@ -213,17 +85,17 @@ class Run:
         name = f"{self.notebook[:2]}_{name}"
         if not self.replay:
             self._introduce()
-            path = ROOT / "data" / self.folder / f"{name}.csv"
+            path = stored.ROOT / "data" / self.folder / f"{name}.csv"
             limits = {"budget_s": budget_s or self.profile.budget_s, "timeout_s": self.profile.timeout_s}
             sweep(points, path, self.machine, device=self.device, worker=self.worker, **limits)
             self._introduce(name, len({(variant.name, shape) for variant, shape in points}))
-        return load(self.folder, name)
+        return stored.load(self.folder, name)
 
     def has(self, name: str) -> bool:
         """Whether there are rows of that name to be had: measured now, or once, which a replay must then find."""
         name = f"{self.notebook[:2]}_{name}"
         written = name in self.machine.get("rows", {})
-        return not self.replay or written or (ROOT / "data" / self.folder / f"{name}.csv").exists()
+        return not self.replay or written or (stored.ROOT / "data" / self.folder / f"{name}.csv").exists()
 
     def record(self, name: str, rows: Iterable[dict], numbers: Iterable[str]) -> pd.DataFrame:
         """Any other rows, as they are produced now, or from data/<device>/<notebook number>_<name>.csv in a replay.
@@ -234,7 +106,7 @@ class Run:
         there. Raises AttnError if it cannot be written, or in a replay if it is not there (see `has`), damaged, or was
         not measured on a machine that machine.json describes.
         """
-        folder = ROOT / "data" / self.folder
+        folder = stored.ROOT / "data" / self.folder
         path = folder / f"{self.notebook[:2]}_{name}.csv"
         if not self.replay:
             self.worker.stop()
@@ -242,17 +114,17 @@ class Run:
             self._introduce()
             write(path, frame.to_csv(index=False))
             self._introduce(path.stem, len(frame))
-        return rows_of(path, numbers)
+        return stored.rows_of(path, numbers)
 
     def _known(self) -> dict[str, dict]:
         """The machines that the folder's machine.json describes, if it is there."""
-        folder = ROOT / "data" / self.folder
-        return machines(folder) if (folder / "machine.json").exists() else {}
+        folder = stored.ROOT / "data" / self.folder
+        return stored.machines(folder) if (folder / "machine.json").exists() else {}
 
     def _introduce(self, name: str = "", count: int = 0):
         """Describe this machine in the folder's machine.json, beside those whose rows are still there; with a name, say
         there that <name>.csv was measured today (`dates`) and how many rows it has (`rows`)."""
-        folder, me = ROOT / "data" / self.folder, self.machine["machine"]
+        folder, me = stored.ROOT / "data" / self.folder, self.machine["machine"]
         texts = [path.read_text() for path in folder.glob("*.csv")]
         kept = {one: facts for one, facts in self._known().items() if one != me and any(one in text for text in texts)}
         before, now = self._known().get(me, {}), {"dates": self.machine["date"], "rows": count}
@@ -261,14 +133,14 @@ class Run:
 
     def agreement(self, name: str) -> pd.DataFrame | None:
         """The pairs of 0.1 ms and more that tests/agreement.py left for this very machine, or None."""
-        path = ROOT / "data" / self.folder / f"{name}_agreement.csv"
+        path = stored.ROOT / "data" / self.folder / f"{name}_agreement.csv"
         pairs = pd.read_csv(path) if path.exists() else pd.DataFrame({"machine": []})
         pairs = pairs[pairs["machine"] == self.machine["machine"]]
         return pairs[pairs["reference_ms"] >= 0.1] if len(pairs) else None
 
     def figure(self, name: str, figure):
         """Save a matplotlib figure as figures/<device>/<notebook number>_<name>.svg and return it to be shown."""
-        path = ROOT / "figures" / self.folder / f"{self.notebook[:2]}_{name}.svg"
+        path = stored.ROOT / "figures" / self.folder / f"{self.notebook[:2]}_{name}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)  # or the notebook shows it a second time
@@ -296,7 +168,7 @@ class Run:
         """Write this notebook's claims to data/<device>/claims.csv. Raises AttnError if one does not hold."""
         if not self.replay:
             self.worker.stop()
-        path = ROOT / "data" / self.folder / "claims.csv"
+        path = stored.ROOT / "data" / self.folder / "claims.csv"
         mine = pd.DataFrame(self.claims).assign(notebook=self.notebook)
         others = pd.read_csv(path, dtype=str).query("notebook != @self.notebook") if path.exists() else None
         table = pd.concat([others, mine])[["notebook", "claim", "predicted", "measured", "holds"]]

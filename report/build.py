@@ -26,7 +26,7 @@ from nbconvert.preprocessors import Preprocessor, TagRemovePreprocessor  # noqa:
 from traitlets.config import Config  # noqa: E402
 
 from attnlib import device as dev  # noqa: E402
-from attnlib import results  # noqa: E402
+from attnlib import results, stored  # noqa: E402
 from attnlib.core import AttnError  # noqa: E402
 from attnlib.sweep import Worker, WorkerDied  # noqa: E402
 
@@ -148,7 +148,7 @@ def build(folder: str, machine: dict, parameters: dict, only: str = ""):
     if only:
         if not any(notebook.name.startswith(f"{only}_") for notebook in NOTEBOOKS):
             raise AttnError(f"no notebook has the number {only!r}")
-        results.machine_of(folder)  # what is not measured must be there to be rebuilt
+        stored.machine_of(folder)  # what is not measured must be there to be rebuilt
     for notebook in NOTEBOOKS:
         if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(notebook))):
             raise AttnError(f"{notebook.name} has no parameter {', '.join(unknown)}")
@@ -202,7 +202,7 @@ def main() -> int:
         if options.command == "replay":
             if options.only:
                 raise AttnError("--only says what to measure, and a replay measures nothing")
-            folder, machine = options.device, results.machine_of(options.device)
+            folder, machine = options.device, stored.machine_of(options.device)
             measured = next(name for name, p in reversed(results.PROFILES.items()) if folder.endswith(p.suffix))
             parameters = {**given, "device": folder, "profile": measured, "replay": True}
             build(folder, machine, parameters)

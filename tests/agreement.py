@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from attnlib import NAIVE, results
+from attnlib import NAIVE, results, stored
 from attnlib import device as dev
 from attnlib.core import Shape
 from attnlib.measure import PHASES, POINT
@@ -70,9 +70,9 @@ def repeat(device: str) -> pd.DataFrame:
     """The sweep of 01_naive_sweep.csv (reference_ms) once more (attnlib_ms) with their ratio, by point and phase."""
     with Worker() as worker:
         machine = worker.call(dev.describe, device)
-        first = results.load(machine["slug"], "01_naive_sweep")
+        first = stored.load(machine["slug"], "01_naive_sweep")
         points = [(NAIVE[row.variant], Shape(*row[2:7], causal=bool(row.causal))) for row in first[POINT].itertuples()]
-        path = results.ROOT / "build" / machine["slug"] / "repeat.csv"
+        path = stored.ROOT / "build" / machine["slug"] / "repeat.csv"
         sweep(points, path, machine, device=device, worker=worker, budget_s=results.profile("full").budget_s)
     second = pd.read_csv(path)
     pairs = []
@@ -94,7 +94,7 @@ def main():
     else:
         frame = repeat(device)
     machine = dev.describe(device)
-    path = results.ROOT / "data" / machine["slug"] / f"{options.what.rstrip('s')}_agreement.csv"
+    path = stored.ROOT / "data" / machine["slug"] / f"{options.what.rstrip('s')}_agreement.csv"
     results.write(path, frame.assign(machine=machine["machine"]).to_csv(index=False, float_format="%.6g"))
     off = (frame[frame["reference_ms"] >= 0.1]["ratio"] - 1).abs()
     print(f"{path.name}: {len(off)} pairs, median |ratio - 1| {off.median():.2%}, p90 {off.quantile(0.9):.2%}")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from attnlib import VARIANTS, crossover, flash_tables, results, traffic
+from attnlib import VARIANTS, crossover, flash_tables, results, stored, traffic
 from attnlib import device as dev
 from attnlib.core import ACCOUNTS, AttnError, Shape
 from attnlib.fit import at_length, need
@@ -174,7 +174,7 @@ def test_races_do_not_depend_on_the_pace_of_the_host():
 
 def folder(tmp_path, monkeypatch, rows, written):
     """data/x/ with one CSV of `rows` rows where machine.json says that `written` were written."""
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(stored, "ROOT", tmp_path)
     (tmp_path / "data" / "x").mkdir(parents=True)
     machine = {"machine": "m", "kind": "cpu", "ceilings": {}, "date": "today", "rows": {"03_race": written}}
     (tmp_path / "data" / "x" / "machine.json").write_text(json.dumps({"m": machine}))
@@ -205,10 +205,10 @@ def test_a_damaged_row_is_told_with_its_line(tmp_path, monkeypatch, column, cell
     sizes = {"batch": 1, "heads": 1, "seq_len": [8, 16], "head_dim": 4, "dtype": "float32", "causal": False}
     rows = pd.read_csv(path).assign(**sizes, status="ok", ms=1.0)
     rows.to_csv(path, index=False)
-    assert len(results.rows_of(path, ["ms"])) == 2
+    assert len(stored.rows_of(path, ["ms"])) == 2
     rows.assign(**{column: cells}).to_csv(path, index=False)
     with pytest.raises(AttnError, match=f"line [23].*{message}"):
-        results.rows_of(path, ["ms"])
+        stored.rows_of(path, ["ms"])
 
 
 def test_a_file_that_was_written_must_be_there(tmp_path, monkeypatch):

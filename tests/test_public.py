@@ -90,7 +90,7 @@ def test_the_published_points_are_all_there():
 
 def test_rows_of_other_points_are_told():
     points = dilated_tables.published_points("float32", 1024, "cpu")
-    rows = pd.DataFrame([{"variant": v.name, **s.columns()} for v, s in points])
+    rows = pd.DataFrame([{"variant": v.name, **s.columns(), "forward_peak_bytes": 1} for v, s in points])
     assert (dilated_tables.with_counts(rows, points, "cpu")["operations"] > 0).all()
     with pytest.raises(AttnError, match="not those of the points"):
         dilated_tables.with_counts(rows[::-1], points, "cpu")

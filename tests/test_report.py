@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from attnlib import NAIVE, results
+from attnlib import NAIVE, stored
 from attnlib.core import AttnError
 from report import build as report
 
@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 def readme_table() -> str:
     """The README's table, from the committed rows."""
-    rows = results.load("nvidia-h200", "01_naive_sweep").query("head_dim == 64")
+    rows = stored.load("nvidia-h200", "01_naive_sweep").query("head_dim == 64")
     lines = ["| N | " + " | ".join(f"`{name}`" for name in NAIVE) + " |", "|---:|" + "---:|" * len(NAIVE)]
     for seq_len in (1024, 4096, 16384, 32768):
         cells = []
@@ -36,7 +36,7 @@ def copy(tmp_path, monkeypatch) -> Path:
     """The project without its history and what it built, to be broken; `build` below works on it."""
     ignore = shutil.ignore_patterns(".*", "build", "*-quick", "__pycache__", "*.egg-info")
     root = Path(shutil.copytree(ROOT, tmp_path / "project", ignore=ignore))
-    monkeypatch.setattr(results, "ROOT", root)
+    monkeypatch.setattr(stored, "ROOT", root)
     monkeypatch.setattr(report, "ROOT", root)
     monkeypatch.setattr(report, "HERE", root / "report")
     monkeypatch.setenv("PYTHONPATH", "")
@@ -184,11 +184,11 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_csv_is_refused(monkeypatch, tmp_path, damage):
     shutil.copytree(ROOT / "data" / "nvidia-h200", tmp_path / "data" / "nvidia-h200")
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(stored, "ROOT", tmp_path)
     path = tmp_path / "data" / "nvidia-h200" / "01_naive_sweep.csv"
     DAMAGES[damage](pd.read_csv(path, dtype=str)).to_csv(path, index=False)
     with pytest.raises(AttnError) as error:
-        results.load("nvidia-h200", "01_naive_sweep")
+        stored.load("nvidia-h200", "01_naive_sweep")
     assert "\n" not in str(error.value)
 
 
@@ -196,17 +196,17 @@ def test_a_damaged_csv_is_refused(monkeypatch, tmp_path, damage):
 def test_a_damaged_machine_json_is_refused(monkeypatch, tmp_path, text):
     (tmp_path / "data" / "x").mkdir(parents=True)
     (tmp_path / "data" / "x" / "machine.json").write_text(text)
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(stored, "ROOT", tmp_path)
     with pytest.raises(AttnError, match="damaged"):
-        results.machines(tmp_path / "data" / "x")
+        stored.machines(tmp_path / "data" / "x")
 
 
 def test_a_report_names_each_day_that_its_data_were_measured(monkeypatch, tmp_path):
     shutil.copytree(ROOT / "data" / "nvidia-h200", tmp_path / "data" / "nvidia-h200")
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(stored, "ROOT", tmp_path)
     path = tmp_path / "data" / "nvidia-h200" / "machine.json"
     ((name, facts),) = json.loads(path.read_text()).items()
     facts["dates"] = {"01_naive_sweep": "2026-01-02", "01_options": "2026-01-03"}
     path.write_text(json.dumps({name: facts}))
-    assert results.machine_of("nvidia-h200", "01")["date"] == "2026-01-02 and 2026-01-03"
-    assert results.machine_of("nvidia-h200", "03")["date"] == facts["date"]
+    assert stored.machine_of("nvidia-h200", "01")["date"] == "2026-01-02 and 2026-01-03"
+    assert stored.machine_of("nvidia-h200", "03")["date"] == facts["date"]
