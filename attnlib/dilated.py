@@ -24,7 +24,7 @@ from attnlib.device import memory_free
 from attnlib.dilated_laws import law
 from attnlib.kernels import KERNELS, Kernel, chosen
 from attnlib.merging import add, merge
-from attnlib.views import HEAD_OFFSETS, View, fits_one_batch, offset, segments, spread, views
+from attnlib.views import HEAD_OFFSETS, View, all_views, fits_one_batch, offset, segments, spread
 
 
 def integers(name: str, values) -> tuple[int, ...]:
@@ -131,9 +131,7 @@ class _Dilated(torch.autograd.Function):
         for at in range(len(grads)):  # one after the other, each part gone before the next is laid out
             grads[at] = spread(grads[at], first, q)
         for view in others:
-            for grad, part in zip(grads, parts(view), strict=True):
-                add(view.of(grad), part)
-            del part  # or it lives on through the next view's kernel
+            add([view.of(grad) for grad in grads], parts(view))
         return *grads, None, None, None
 
 
@@ -150,16 +148,15 @@ def dilated(
     pairs = check(q, k, v, causal, segment_lengths, dilation_rates, head_offsets)
     size = Shape(*q.shape, str(q.dtype).removeprefix("torch."), causal)
     underneath = chosen(kernel, size, q.device)
-    if (least := 2 * q.numel() * q.element_size()) > 2**26 and least > memory_free(str(q.device)):  # o, and one part
+    least = 2 * q.numel() * q.element_size()  # o, and one part; to ask a GPU what is free takes long, beside a launch
+    if least > 2**30 and least > memory_free(str(q.device)):
         raise AttnError(f"{least / 2**30:,.1f} GiB are needed at least, and that much is not free")
     q, k, v = (in_rows(x) for x in (q, k, v))
     if fold := fits_one_batch(*q.shape[:2], [r for _, r in pairs], head_offsets) and all(
         x.stride(0) == x.stride(1) * x.shape[1] for x in (q, k, v)
     ):
         q, k, v = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
-    pairs = sorted(pairs, key=lambda pair: pair[1])
-    branches = [view for w, r in pairs for view in views(*q.shape[:3], w, r, head_offsets)]
-    o = _Dilated.apply(q, k, v, branches, size.causal, underneath)
+    o = _Dilated.apply(q, k, v, all_views(*q.shape[:3], tuple(pairs), head_offsets), size.causal, underneath)
     return o.squeeze(0).unflatten(0, (size.batch, size.heads)) if fold else o
 
 

@@ -13,7 +13,7 @@ import torch
 from attnlib.core import AttnError, B, D, H, Law, N, Shape, c, g, h
 from attnlib.kernels import KERNELS, Kernel, chosen
 from attnlib.naive import LINEAR, ROWS
-from attnlib.views import HEAD_OFFSETS, MOST, View, fits_one_batch, views
+from attnlib.views import HEAD_OFFSETS, MOST, View, all_views, fits_one_batch
 
 PHASES = ("forward", "backward")
 TERMS = ("results of one call", "copies made for its kernel", "workspace")
@@ -54,8 +54,8 @@ def _largest(of_first: bool, phase: str, kernel: str | None, shape: Shape, devic
         raise AttnError(f"the memory of the {underneath.name} kernel on views is not known")
     if fits_one_batch(shape.batch, shape.heads, config[half:], offsets):
         shape = replace(shape, batch=1, heads=shape.batch * shape.heads)
-    branches = sorted(zip(config[:half], config[half:], strict=True), key=lambda pair: pair[1])
-    calls = [v for w, r in branches for v in views(shape.batch, shape.heads, shape.seq_len, w, r, offsets)]
+    branches = tuple(zip(config[:half], config[half:], strict=True))
+    calls = all_views(shape.batch, shape.heads, shape.seq_len, branches, offsets)
     rest = calls[:1] if of_first else calls[1:]
     found = [terms_of(underneath, view, shape, phase, device, not of_first) for view in rest]
     b, heads, n = calls[0].size

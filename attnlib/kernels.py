@@ -58,8 +58,9 @@ def _flash_backward(do, q, k, v, o, lse, causal):
         do, q, k, v, o, lse = (x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in (do, q, k, v, o, lse))
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a generator that dropout 0 never asks
     lengths = None, None, q.shape[2], k.shape[2]
+    do, o = packed(do, o)
     grads = aten._scaled_dot_product_flash_attention_backward(
-        packed(do), q, k, v, packed(o), lse.contiguous(), *lengths, 0.0, causal, seed, seed[:0]
+        do, q, k, v, o, lse.contiguous(), *lengths, 0.0, causal, seed, seed[:0]
     )
     return [x.squeeze(1).unflatten(0, (h, b)).transpose(0, 1) for x in grads] if whole else grads
 

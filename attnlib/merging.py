@@ -18,34 +18,45 @@ def merge(o, lse, part, part_lse):
     A row whose log-sum-exp is minus infinity has seen nothing yet.
     """
     if o.is_cuda:
-        return tiles(_merge_tiles, o, (o, lse, part, part_lse))
+        tensors = o, lse, part, part_lse
+        grid, sizes = tiles(o)
+        return _merge_tiles[grid](*tensors, *(stride for x in tensors for stride in x.stride()[:3]), *sizes)
     weight = torch.sigmoid(part_lse - lse)
     o.lerp_(part, weight.to(o.dtype).unsqueeze(-1))  # nothing is rounded where both are equal
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-def add(total, part):
-    """Add `part` to `total` in place."""
-    if total.is_cuda:
-        return tiles(_into_tiles, total, (total, part), ADD=True)
-    total.add_(part)
+def add(totals, parts):
+    """Add to each of `totals`, in place, the part of the same place in `parts`; all are of one size."""
+    if totals[0].is_cuda:
+        return into_tiles(totals, parts, ADD=True)
+    for total, part in zip(totals, parts, strict=True):
+        total.add_(part)
 
 
-def packed(x):
-    """x, in memory as `[b, n, h, D]`: itself if it is so, else a copy."""
-    if x.transpose(1, 2).is_contiguous():
-        return x
-    rows = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-    tiles(_into_tiles, x, (rows, x), ADD=False)
-    return rows
+def packed(*tensors):
+    """Tensors of one size, in memory as `[b, n, h, D]`: each itself if it is so, else a copy."""
+    b, h, n, width = tensors[0].shape
+    loose = [x for x in tensors if not x.transpose(1, 2).is_contiguous()]
+    copies = [x.new_empty(b, n, h, width).transpose(1, 2) for x in loose]
+    if loose:
+        into_tiles(copies, loose, ADD=False)
+    made = iter(copies)
+    return [next(made) if any(x is one for one in loose) else x for x in tensors]
 
 
-def tiles(kernel, like, tensors, **constants):
-    """Run a Triton kernel over tiles of ROWS rows of `like`, given its tensors and their strides along b, h and n."""
+def tiles(like) -> tuple:
+    """The number of tiles of ROWS rows of `like`, and what every kernel below is told about them."""
     b, h, n, width = like.shape
-    strides = [stride for x in tensors for stride in x.stride()[:3]]
     blocks = triton.cdiv(n, ROWS)
-    kernel[(b * h * blocks,)](*tensors, *strides, h, n, blocks, width, triton.next_power_of_2(width), ROWS, **constants)
+    return (b * h * blocks,), (h, n, blocks, width, triton.next_power_of_2(width), ROWS)
+
+
+def into_tiles(targets, sources, **constants):
+    """Add or copy several tensors of one size in one pass, each with strides of its own."""
+    grid, sizes = tiles(targets[0])
+    strides = [tuple(x.stride()[:3] for x in tensors) for tensors in (targets, sources)]
+    _into_tiles[grid](tuple(targets), tuple(sources), *strides, *sizes, **constants)
 
 
 if importlib.util.find_spec("triton"):
@@ -80,14 +91,16 @@ if importlib.util.find_spec("triton"):
 
     @triton.jit
     def _into_tiles(
-        target, source, ob, oh, on, pb, ph, pn,
+        targets, sources, to, at,
         heads, rows, blocks, D, WIDTH: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
     ):  # fmt: skip
         b, h, n, inside = _place(heads, rows, blocks, ROWS)
         d = tl.arange(0, WIDTH)
         cells = inside[:, None] & (d < D)[None, :]
-        target += (b * ob + h * oh + n * on)[:, None] + d[None, :]
-        values = tl.load(source + (b * pb + h * ph + n * pn)[:, None] + d[None, :], cells, 0.0).to(tl.float32)
-        if ADD:
-            values += tl.load(target, cells, 0.0).to(tl.float32)
-        tl.store(target, values, cells)
+        for i in tl.static_range(len(targets)):
+            target = targets[i] + (b * to[i][0] + h * to[i][1] + n * to[i][2])[:, None] + d[None, :]
+            values = sources[i] + (b * at[i][0] + h * at[i][1] + n * at[i][2])[:, None] + d[None, :]
+            values = tl.load(values, cells, 0.0).to(tl.float32)
+            if ADD:
+                values += tl.load(target, cells, 0.0).to(tl.float32)
+            tl.store(target, values, cells)

@@ -7,6 +7,7 @@ different rows lie a constant step apart, so that few views hold all heads. Noth
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -45,7 +46,8 @@ class View:
 
     def strides(self, strides: tuple[int, ...]) -> list[int]:
         """The view's strides along b, h and n, and how far it starts, for a tensor of these strides."""
-        return [sum(a * b for a, b in zip(step, strides, strict=False)) for step in (*self.steps, self.start)]
+        batch, heads, rows = strides[:3]
+        return [b * batch + h * heads + n * rows for b, h, n in (*self.steps, self.start)]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """The view of x."""
@@ -76,6 +78,13 @@ def views(batch: int, heads: int, seq_len: int, width: int, rate: int, head_offs
                 along_heads = (0, second - group[0], offset(second, heads, rate, head_offsets) - first)
                 axes = [(count, (0, 0, length)), (batch, (1, 0, 0)), (len(group), along_heads)]
                 yield from folded(axes, (0, group[0], start + first), rows, rate)
+
+
+@lru_cache(64)
+def all_views(batch: int, heads: int, seq_len: int, branches: tuple, head_offsets: str) -> list[View]:
+    """The views of all branches `(w, r)`, those of the lowest rate first: their results are most of the whole."""
+    ordered = sorted(branches, key=lambda branch: branch[1])
+    return [view for w, r in ordered for view in views(batch, heads, seq_len, w, r, head_offsets)]
 
 
 def folded(axes: list[tuple], start: tuple, rows: int, rate: int) -> Iterator[View]:

@@ -13,7 +13,7 @@ from attnlib.accuracy import RESULTS, compared
 from attnlib.core import ACCOUNTS, AttnError, Shape
 from attnlib.kernels import KERNELS
 from attnlib.memory import observe
-from attnlib.views import MOST
+from attnlib.views import MOST, views
 
 # segment lengths, dilation rates, batch, heads, length
 CONFIGS = [
@@ -66,7 +66,7 @@ def test_views_hold_every_kept_row_once(config, head_offsets):
     widths, rates, batch, heads, seq_len = config
     for width, rate in zip(widths, rates, strict=True):
         times = torch.zeros(batch, heads, seq_len)
-        for view in dilated.views(batch, heads, seq_len, width, rate, head_offsets):
+        for view in views(batch, heads, seq_len, width, rate, head_offsets):
             view.of(times).add_(1)
         shape = Shape(batch, heads, seq_len, 1)
         reach = dilated.reach(shape, segment_lengths=(width,), dilation_rates=(rate,), head_offsets=head_offsets)
@@ -76,7 +76,7 @@ def test_views_hold_every_kept_row_once(config, head_offsets):
 @pytest.mark.parametrize(("heads", "rate", "count"), [(16, 4, 4), (16, 16, 1), (16, 1, 1), (3, 8, 1), (12, 5, 3)])
 def test_few_views_cover_all_heads(heads, rate, count):
     """min(r, H/r) where r divides H and the segment; one where r is H or more."""
-    assert len(list(dilated.views(1, heads, 960, 240, rate, "modulo"))) == count
+    assert len(list(views(1, heads, 960, 240, rate, "modulo"))) == count
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -202,7 +202,7 @@ def test_rows_that_overlap_are_copied():
 
 
 def test_no_axis_is_longer_than_a_grid_of_blocks():
-    found = list(dilated.views(1, 2, 3 * MOST + 5, 1, 1, "modulo"))
+    found = list(views(1, 2, 3 * MOST + 5, 1, 1, "modulo"))
     assert max(max(view.size[:2]) for view in found) <= MOST
     assert sum(math.prod(view.size) for view in found) == 2 * (3 * MOST + 5)
 

@@ -43,9 +43,11 @@ def test_two_parts_are_one_attention(dtype, device):
 def test_parts_are_added(dtype, device):
     total = torch.zeros(1, 4, 48, 24, dtype=dtype, device=device)
     part = torch.arange(3 * 2 * 5 * 24, dtype=dtype, device=device).view(3, 5, 2, 24).transpose(1, 2)
-    merging.add(VIEW.of(total), part)
-    merging.add(VIEW.of(total), part)
+    other = total.transpose(1, 2).contiguous().transpose(1, 2)
+    merging.add([VIEW.of(total), VIEW.of(other)], [part, -part])
+    merging.add([VIEW.of(total), VIEW.of(other)], [part, part])
     assert (VIEW.of(total) == 2 * part).all() and total.count_nonzero() == part.count_nonzero()
+    assert (other == 0).all()
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
