@@ -43,26 +43,30 @@ def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -
 
 
 def batches(functions: Callable[[int], list], device: str, budget_s: float) -> list[np.ndarray]:
-    """`device.milliseconds` of `functions(seed)` for BATCHES seeds, five rounds each or more, in `budget_s` seconds."""
+    """`device.milliseconds` of `functions(seed)` for BATCHES seeds, five rounds each or more, in `budget_s` seconds.
+
+    Each call waits twice as long as the host takes to launch the slowest of them: the device's time is compared.
+    """
     found = []
     for seed in range(BATCHES):
         contestants = functions(seed)
-        dev.milliseconds(contestants, 2, device)  # warm-up
+        wait_ms = 2 * dev.warm_up(contestants, device)
         begun = time.perf_counter()
-        dev.milliseconds(contestants, 2, device)
+        dev.milliseconds(contestants, 2, device, wait_ms)
         one = (time.perf_counter() - begun) / 2
-        found.append(dev.milliseconds(contestants, int(min(50, max(5, budget_s / BATCHES / one))), device))
+        found.append(dev.milliseconds(contestants, int(min(50, max(5, budget_s / BATCHES / one))), device, wait_ms))
     return found
 
 
 def interval(samples: list[np.ndarray], seed: int = 0) -> tuple[float, float]:
     """The LEVEL confidence interval of the median over batches: batches drawn with replacement, then within each."""
-    draw = np.random.default_rng(seed)
-    medians = []
-    for _ in range(DRAWS):
-        picked = [samples[i] for i in draw.integers(len(samples), size=len(samples))]
-        medians.append(np.median(np.concatenate([draw.choice(batch, size=len(batch)) for batch in picked])))
-    return tuple(float(x) for x in np.quantile(medians, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    draw, sizes = np.random.default_rng(seed), np.array([len(batch) for batch in samples])
+    longest = np.arange(sizes.max())
+    rounds = np.stack([np.pad(batch, (0, len(longest) - len(batch))) for batch in samples])
+    picked = draw.integers(len(samples), size=(DRAWS, len(samples), 1))
+    within = (draw.random((DRAWS, len(samples), len(longest))) * sizes[picked]).astype(int)
+    drawn = np.where(longest < sizes[picked], rounds[picked, within], np.nan).reshape(DRAWS, -1)
+    return tuple(float(x) for x in np.quantile(np.nanmedian(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
 
 
 def ratio(times: list[np.ndarray], first: int, second: int) -> dict[str, float]:

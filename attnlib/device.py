@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 from attnlib.core import DTYPES, AttnError
 
 PASSES = 100  # the published protocol's number of timed passes
-WAIT_CYCLES = 1_000_000  # half a millisecond: longer than a host takes to launch one pass of a dense attention
+CYCLES_PER_MS = 2_000_000  # of a waiting kernel, at about the highest clock that GPUs have
 CACHE_BYTES = 256 * 2**20  # overwritten before each pass, more than any cache holds, as triton's do_bench does
 
 
@@ -109,11 +109,24 @@ def state(device: str) -> dict:
     return seen
 
 
-def milliseconds(functions: list, rounds: int, device: str) -> np.ndarray:
+def warm_up(functions: list, device: str) -> float:
+    """Call each function twice. Returns the longest that the host took to launch a second call, in ms; 0 on the CPU."""
+    slowest = 0.0
+    for fn in functions:
+        fn()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        fn()
+        slowest = max(slowest, 1e3 * (time.perf_counter() - begun))
+    return 0.0 if device == "cpu" else slowest
+
+
+def milliseconds(functions: list, rounds: int, device: str, wait_ms: float = 0.5) -> np.ndarray:
     """`[rounds, len(functions)]`: each call's time, the functions taking turns in an order drawn for each round.
 
-    On CUDA each call is queued behind a kernel that waits half a millisecond. What the host launches in that time, and
-    that is all of a dense attention's kernels, runs at the device's pace alone; what takes longer to launch does not.
+    On CUDA each call is queued behind a kernel that waits for `wait_ms`. What the host launches in that time runs at
+    the device's pace alone; what takes longer to launch does not.
     """
     times, order = np.zeros((rounds, len(functions))), list(range(len(functions)))
     flush = None if device == "cpu" else torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
@@ -127,7 +140,7 @@ def milliseconds(functions: list, rounds: int, device: str) -> np.ndarray:
                 times[turn, which] = (time.perf_counter_ns() - begun) / 1e6
             else:
                 flush.zero_()
-                torch.cuda._sleep(WAIT_CYCLES)
+                torch.cuda._sleep(int(wait_ms * CYCLES_PER_MS))
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 functions[which]()
