@@ -52,12 +52,16 @@ def cases(shapes: list[Shape], device: str, names=VARIANTS) -> list[tuple[str, S
     return found
 
 
+def needed(name: str, shape: Shape, device: str) -> int:
+    """The bytes of the inputs and of the most that is held beside them, by the law."""
+    return shape.input_bytes + max(VARIANTS[name].law.bytes(account, shape, device) for account in ACCOUNTS)
+
+
 def observed(name: str, shape: Shape, device: str) -> dict:
     """The shape's columns and SEEN, what the allocator saw in a real run on a GPU; None where it has no room."""
     variant, row = VARIANTS[name], {"variant": name, **shape.columns()} | dict.fromkeys(SEEN)
-    need = shape.input_bytes + max(variant.law.bytes(account, shape, device) for account in ACCOUNTS)
     torch.cuda.empty_cache()
-    if need > dev.memory_free(device):
+    if needed(name, shape, device) > dev.memory_free(device):
         return row
     for size in (Shape(1, 1, 16, shape.head_dim, shape.dtype, shape.causal), shape):  # the first makes the workspaces
         seen = observe(variant, *size.inputs(device), causal=shape.causal, backward=True)
@@ -73,9 +77,13 @@ def observed(name: str, shape: Shape, device: str) -> dict:
 
 
 def observe_all(todo: list[tuple[str, Shape, str]]) -> Iterator[dict]:
-    """`observed` for each of `cases`, in a worker."""
+    """`observed` for each of `cases`, in order, in four workers at once, or as many as have room for the largest."""
     with Worker() as worker:
-        yield from (worker.call(observed, *case) for case in todo)
+        free = worker.call(dev.memory_free, todo[0][2])
+    abreast = max(1, min(4, free // (2 * max(needed(*case) for case in todo))))
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(abreast, spawned, initializer=leave_with_parent) as pool:
+        yield from pool.map(observed, *zip(*todo, strict=True), chunksize=8)
 
 
 def compare(name: str, shape: Shape, device: str) -> dict:

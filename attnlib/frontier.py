@@ -86,8 +86,9 @@ def in_fresh_process(case: Case, seq_len: int, device: str) -> dict:
 def search(case: Case, device: str) -> dict:
     """The row of one case: the largest N by the law, the largest that ran, and what was lost at the next one.
 
-    The law's N and the one after it are tried first. Where they do not run and fail as predicted, what the pool was
-    seen to lose gives the next guess, and from there steps that double, then bisection, find the N that does.
+    The law's N and the next are tried first. Where they do not run and fail as predicted, what the pool was seen to
+    lose gives the next guess, and from there steps that double, then bisection, find the N that does, to the token or,
+    where one MiB holds many, to that MiB.
     """
     variant, start = VARIANTS[case.variant], in_fresh_process(case, 2, device)  # cuDNN refuses a single key
     seen, room = {2: start}, start["memory_bytes"] - start["libraries_bytes"]
@@ -101,14 +102,15 @@ def search(case: Case, device: str) -> dict:
         return seen[seq_len]["fits"]
 
     low = predicted = longest(0)
+    grain = step = max(1, predicted - longest(2**20))
     while low > 1 and not fits(low):
         lost = seen[low].get("reserved_bytes", 0) - seen[low].get("requested_bytes", 0)
-        low = max(1, min(low - 1, longest(lost)))
-    high, step = low + 1, 1
+        low, step = max(1, min(low - step, longest(lost))), 2 * step
+    high, step = low + grain, grain
     while fits(high):
         low, step = high, 2 * step
         high = min([low + step, *(n for n, trial in seen.items() if n > low and not trial["fits"])])
-    while high - low > 1:
+    while high - low > grain:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     lost = {f"{name}_bytes": seen[high].get(f"{name}_bytes") for name in (*POOL, "tried")}

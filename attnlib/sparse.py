@@ -12,6 +12,7 @@ from functools import cache, partial
 
 import sympy
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -59,6 +60,7 @@ def compiled() -> Callable:
     """flex_attention as one fused kernel for each rule and size; without compilation it would write the scores."""
     torch._dynamo.config.recompile_limit = 256
     torch._inductor.config.compile_threads = 1  # the worker of a sweep may have no children
+    torch._functorch.config.donated_buffer = False  # or a backward pass cannot be run twice, as it is to be timed
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -149,6 +149,22 @@ def test_the_search_finds_the_frontier(monkeypatch, pool, lost, noise):
         assert found <= row["predicted_seq_len"] and row["trials"] <= 12
 
 
+def test_a_frontier_of_linear_memory_is_found_to_a_mebibyte(monkeypatch):
+    """Where a MiB holds many tokens the search does not go through them one by one."""
+    memory, lost = GIB, 13 * 2**20 + 5
+    case = frontier.Case("sdpa_flash", Shape(1, 1, 1, 64, "bfloat16"), "backward", memory, "expandable")
+
+    def pretend(case, seq_len, device):
+        need = fit.need(VARIANTS[case.variant], fit.at_length(case.shape, seq_len), case.phase, "cuda")
+        row = {"fits": need + lost <= memory, "memory_bytes": memory, "taken_bytes": 0, "libraries_bytes": 0}
+        return row | {"requested_bytes": need, "allocated_bytes": need, "reserved_bytes": need, "tried_bytes": 0}
+
+    monkeypatch.setattr(frontier, "in_fresh_process", pretend)
+    row = frontier.search(case, "cuda")
+    left = memory - lost - fit.need(VARIANTS["sdpa_flash"], fit.at_length(case.shape, row["found_seq_len"]), "backward")
+    assert 0 <= left <= 2**20 and row["trials"] <= 12
+
+
 @pytest.mark.gpu
 def test_a_frontier_on_the_device():
     (case,) = frontier.cases(GIB, ["backward"], [64], names=["naive"])
