@@ -213,8 +213,9 @@ def raced(found: pd.DataFrame):
         ("dense", "dense_tflop_s", "share"),
         ("dense, short rows", "short_tflop_s", "short_share"),
     ):
-        rows[title] = [f"{digits(r)} ({s:.0%})" for r, s in zip(rows[rate], rows[share], strict=True)]
-    rows["torchscale"] = [f"{digits(r.baseline_tflop_s)} ({r.gain:.1f}× slower)" for r in rows.itertuples()]
+        rows[title] = [f"{digits(r)}\N{NO-BREAK SPACE}({s:.0%})" for r, s in zip(rows[rate], rows[share], strict=True)]
+    rates = zip(rows["baseline_tflop_s"], rows["gain"], strict=True)
+    rows["torchscale"] = [f"{digits(rate)}\N{NO-BREAK SPACE}({gain:.1f}×)" for rate, gain in rates]
     titles = ["head_dim", "mask", "phase", "kernel", "dilated", "dense", "dense, short rows", "torchscale"]
     return table(rows[titles])
 
