@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import random
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 
 import pandas as pd
@@ -18,6 +18,7 @@ from attnlib.memory import ledger, observe, reached
 from attnlib.sweep import Worker, leave_with_parent
 
 MOST = 100_000  # random sizes in one check: days of work
+ABREAST = 4  # workers that observe at once
 BLOCK = 512  # the CUDA caching allocator hands out multiples of this many bytes
 SOURCES = ("law", "ledger", "requested")
 SEEN = [f"{account}_{kind}_bytes" for account in ACCOUNTS for kind in ("requested", "allocated")]
@@ -77,13 +78,20 @@ def observed(name: str, shape: Shape, device: str) -> dict:
 
 
 def observe_all(todo: list[tuple[str, Shape, str]]) -> Iterator[dict]:
-    """`observed` for each of `cases`, in order, in four workers at once, or as many as have room for the largest."""
+    """`observed` for each of `cases`, in any order: four workers share those of which eight have room, one has the
+    rest."""
+
+    def share(cases):
+        with Worker() as worker:
+            return [worker.call(observed, *case) for case in cases]
+
     with Worker() as worker:
         free = worker.call(dev.memory_free, todo[0][2])
-    abreast = max(1, min(4, free // (2 * max(needed(*case) for case in todo))))
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(abreast, spawned, initializer=leave_with_parent) as pool:
-        yield from pool.map(observed, *zip(*todo, strict=True), chunksize=8)
+    small = [case for case in todo if 8 * needed(*case) <= free]
+    with ThreadPoolExecutor(ABREAST) as pool:
+        for rows in pool.map(share, (small[at::ABREAST] for at in range(ABREAST))):
+            yield from rows
+    yield from share([case for case in todo if 8 * needed(*case) > free])
 
 
 def compare(name: str, shape: Shape, device: str) -> dict:

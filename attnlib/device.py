@@ -138,14 +138,15 @@ def milliseconds(functions: list, rounds: int, device: str, wait_ms: float = 0.5
                 begun = time.perf_counter_ns()
                 functions[which]()
                 times[turn, which] = (time.perf_counter_ns() - begun) / 1e6
-            else:
+                continue
+            with torch.cuda.device(device):
                 flush.zero_()
                 torch.cuda._sleep(int(wait_ms * CYCLES_PER_MS))
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 functions[which]()
                 end.record()
-                marks.append((turn, which, start, end))
+            marks.append((turn, which, start, end))
     if device != "cpu":
         torch.cuda.synchronize(device)
     for turn, which, start, end in marks:

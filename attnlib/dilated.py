@@ -17,7 +17,6 @@ from functools import partial
 
 import sympy
 import torch
-from torch.autograd.function import once_differentiable
 
 from attnlib.core import DTYPES, AttnError, B, D, H, N, Phases, Shape, Variant, c
 from attnlib.device import memory_free
@@ -27,17 +26,23 @@ from attnlib.merging import add, merge
 from attnlib.views import HEAD_OFFSETS, View, all_views, fits_one_batch, offset, segments, spread
 
 
+def one_line(value) -> str:
+    """What a value prints as, cut short."""
+    return " ".join(repr(value).split())[:80]
+
+
 def integers(name: str, values) -> tuple[int, ...]:
     """`values` as positive integers. Raises AttnError, in one line, if they are none, or have no order."""
     try:
         if isinstance(values, (str, bytes, set, frozenset, dict)):
             raise TypeError
-        found = [None if isinstance(x, bool) else operator.index(x) for x in values]
-    except TypeError:
-        raise AttnError(f"{name} must be a list of positive integers, not {str(values)[:80]}") from None
-    if bad := [x for x in found if x is None or x < 1]:
-        raise AttnError(f"{name} must be positive integers, not {bad[0]}")
-    return tuple(found)
+        given = list(values)
+        found = tuple(operator.index(x) for x in given)
+    except (TypeError, RuntimeError):  # the latter from a tensor without data
+        raise AttnError(f"{name} must be a list of positive integers, not {one_line(values)}") from None
+    if bad := [x for x, n in zip(given, found, strict=True) if isinstance(x, bool) or n < 1]:
+        raise AttnError(f"{name} must be positive integers, not {one_line(bad[0])}")
+    return found
 
 
 def branches_of(segment_lengths, dilation_rates, head_offsets) -> list[tuple[int, int]]:
@@ -49,12 +54,23 @@ def branches_of(segment_lengths, dilation_rates, head_offsets) -> list[tuple[int
     if beyond := [(w, r) for w, r in found if r > w]:
         raise AttnError("a dilation rate of {1} exceeds its segment of {0}".format(*beyond[0]))
     if not isinstance(head_offsets, str) or head_offsets not in HEAD_OFFSETS:
-        raise AttnError(f"head_offsets must be one of {', '.join(HEAD_OFFSETS)}, not {head_offsets!r}")
+        raise AttnError(f"head_offsets must be one of {', '.join(HEAD_OFFSETS)}, not {one_line(head_offsets)}")
     return found
 
 
+def is_in_rows(x: torch.Tensor) -> bool:
+    """Whether x lies in rows of D numbers that do not overlap, which all kernels want."""
+    strides = zip(x.stride()[:-1], x.shape, strict=False)
+    return x.stride(-1) == 1 and all(stride >= x.shape[-1] for stride, size in strides if size > 1)
+
+
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """x in rows: itself, or a copy, as of an expanded gradient that o.sum() gives."""
+    return x if is_in_rows(x) else x.contiguous()
+
+
 def check(q, k, v, causal, segment_lengths, dilation_rates, head_offsets) -> list[tuple[int, int]]:
-    """`branches_of`. Raises AttnError, in one line, for what no dilated attention takes."""
+    """`branches_of`. Raises AttnError, in one line, for what no dilated attention takes or has the memory for."""
     if not all(isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested for x in (q, k, v)):
         raise AttnError("q, k and v must be tensors, neither sparse nor nested")
     if len({(x.shape, x.dtype, x.device) for x in (q, k, v)}) > 1:
@@ -64,8 +80,14 @@ def check(q, k, v, causal, segment_lengths, dilation_rates, head_offsets) -> lis
     if q.dtype not in (*DTYPES.values(), torch.float64):
         raise AttnError(f"q, k and v must be floating-point of 16 bits or more, not {q.dtype}")
     if not isinstance(causal, bool):
-        raise AttnError(f"causal must be True or False, not {causal!r}")
-    return branches_of(segment_lengths, dilation_rates, head_offsets)
+        raise AttnError(f"causal must be True or False, not {one_line(causal)}")
+    branches = branches_of(segment_lengths, dilation_rates, head_offsets)
+    copies = sum(not is_in_rows(x) for x in (q, k, v))
+    least = (1 + copies) * q.nbytes + 4 * q.numel() // q.shape[-1]  # o and its log-sum-exp, and copies of the inputs
+    # to ask a GPU what is free takes as long as a small kernel
+    if least > 2**28 and q.device.type in ("cpu", "cuda") and least > memory_free(str(q.device)):
+        raise AttnError(f"{least / 2**30:,.1f} GiB are needed at least, and that much is not free")
+    return branches
 
 
 def dilated_reference(q, k, v, *, segment_lengths, dilation_rates, causal=False, head_offsets="modulo"):
@@ -81,7 +103,7 @@ def dilated_reference(q, k, v, *, segment_lengths, dilation_rates, causal=False,
         for head in range(heads):
             for start in range(0, seq_len, width):
                 first = start + offset(head, heads, rate, head_offsets)
-                kept = torch.arange(first, max(first, min(start + width, seq_len)), rate, device=q.device)
+                kept = torch.arange(first, max(first, min(start + width, seq_len)), min(rate, seq_len), device=q.device)
                 q_kept, k_kept, v_kept = (x[:, head, kept] for x in (q, k, v))
                 scores = (q_kept @ k_kept.mT * q.shape[-1] ** -0.5).float()
                 if causal:
@@ -95,13 +117,6 @@ def dilated_reference(q, k, v, *, segment_lengths, dilation_rates, causal=False,
     seen = lse.amax(0) > -math.inf
     weights = torch.softmax(torch.where(seen, lse, 0.0), dim=0) * seen
     return (weights.to(v.dtype).unsqueeze(-1) * torch.stack(outputs)).sum(0)
-
-
-def in_rows(x: torch.Tensor) -> torch.Tensor:
-    """x in rows of D numbers that do not overlap, which all kernels want; of an expanded gradient, as from o.sum(), a
-    copy."""
-    apart = all(stride >= x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
-    return x if x.stride(-1) == 1 and apart else x.contiguous()
 
 
 class _Dilated(torch.autograd.Function):
@@ -120,9 +135,16 @@ class _Dilated(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
-        (q, k, v, o, lse), ((first, *others), causal, kernel), do = ctx.saved_tensors, ctx.how, in_rows(do)
+        return *_Gradients.apply(do, *ctx.saved_tensors, *ctx.how), None, None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """A function of its own, so that a second derivative is refused: without it, it would be wrong without a word."""
+
+    @staticmethod
+    def forward(ctx, do, q, k, v, o, lse, branches: list[View], causal: bool, kernel: Kernel):
+        (first, *others), do = branches, in_rows(do)
 
         def parts(view):
             return kernel.backward(*(view.of(x) for x in (do, q, k, v, o, lse)), causal)
@@ -132,7 +154,11 @@ class _Dilated(torch.autograd.Function):
             grads[at] = spread(grads[at], first, q)
         for view in others:
             add([view.of(grad) for grad in grads], parts(view))
-        return *grads, None, None, None
+        return tuple(grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise AttnError("dilated attention has no second derivative")
 
 
 def dilated(
@@ -148,9 +174,6 @@ def dilated(
     pairs = check(q, k, v, causal, segment_lengths, dilation_rates, head_offsets)
     size = Shape(*q.shape, str(q.dtype).removeprefix("torch."), causal)
     underneath = chosen(kernel, size, q.device)
-    least = 2 * q.numel() * q.element_size()  # o, and one part; to ask a GPU what is free takes long, beside a launch
-    if least > 2**30 and least > memory_free(str(q.device)):
-        raise AttnError(f"{least / 2**30:,.1f} GiB are needed at least, and that much is not free")
     q, k, v = (in_rows(x) for x in (q, k, v))
     if fold := fits_one_batch(*q.shape[:2], [r for _, r in pairs], head_offsets) and all(
         x.stride(0) == x.stride(1) * x.shape[1] for x in (q, k, v)

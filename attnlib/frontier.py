@@ -88,7 +88,7 @@ def search(case: Case, device: str) -> dict:
 
     The law's N and the next are tried first. Where they do not run and fail as predicted, what the pool was seen to
     lose gives the next guess, and from there steps that double, then bisection, find the N that does, to the token or,
-    where one MiB holds many, to that MiB.
+    where one MiB holds many, to that MiB. It is 1 where nothing ran.
     """
     variant, start = VARIANTS[case.variant], in_fresh_process(case, 2, device)  # cuDNN refuses a single key
     seen, room = {2: start}, start["memory_bytes"] - start["libraries_bytes"]

@@ -20,7 +20,9 @@ def merge(o, lse, part, part_lse):
     if o.is_cuda:
         tensors = o, lse, part, part_lse
         grid, sizes = tiles(o)
-        return _merge_tiles[grid](*tensors, *(stride for x in tensors for stride in x.stride()[:3]), *sizes)
+        with torch.cuda.device_of(o):
+            _merge_tiles[grid](*tensors, *(stride for x in tensors for stride in x.stride()[:3]), *sizes)
+        return
     weight = torch.sigmoid(part_lse - lse)
     o.lerp_(part, weight.to(o.dtype).unsqueeze(-1))  # nothing is rounded where both are equal
     torch.logaddexp(lse, part_lse, out=lse)
@@ -56,7 +58,8 @@ def into_tiles(targets, sources, **constants):
     """Add or copy several tensors of one size in one pass, each with strides of its own."""
     grid, sizes = tiles(targets[0])
     strides = [tuple(x.stride()[:3] for x in tensors) for tensors in (targets, sources)]
-    _into_tiles[grid](tuple(targets), tuple(sources), *strides, *sizes, **constants)
+    with torch.cuda.device_of(targets[0]):
+        _into_tiles[grid](tuple(targets), tuple(sources), *strides, *sizes, **constants)
 
 
 if importlib.util.find_spec("triton"):

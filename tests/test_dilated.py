@@ -153,6 +153,10 @@ BAD = [
     ({"head_offsets": ["modulo"]}, "modulo, grouped"),
     ({"causal": "yes"}, "causal must be"),
     ({"causal": None}, "causal must be"),
+    ({"causal": torch.ones(3, 3)}, r"causal must be True or False, not tensor[^\n]*$"),
+    ({"dilation_rates": (1, True)}, "positive integers, not True"),
+    ({"segment_lengths": np.full((4, 4), 4.5)}, r"positive integers, not array[^\n]*$"),
+    ({"segment_lengths": torch.tensor([4, 8], device="meta")}, "positive integers, not tensor"),
 ]
 
 
@@ -237,7 +241,32 @@ def test_a_kernel_that_cannot_run_there_is_refused():
             dilated.dilated(*Shape(1, 2, 16, 8).inputs(), **config, kernel=kernel)
 
 
-def test_a_sequence_beyond_memory_is_refused_before_anything_is_allocated():
+@pytest.mark.parametrize("fn", [dilated.dilated, dilated.dilated_reference])
+def test_a_sequence_beyond_memory_is_refused_before_anything_is_allocated(fn):
     q = torch.zeros(1).expand(1, 8, 10**10, 64)
     with pytest.raises(AttnError, match="GiB are needed at least"):
-        dilated.dilated(q, q, q, segment_lengths=(2**30,), dilation_rates=(1,))
+        fn(q, q, q, segment_lengths=(2**30,), dilation_rates=(1,))
+
+
+def test_only_what_cannot_suffice_is_refused(monkeypatch):
+    """The output and its log-sum-exp are needed, and a copy of each input that does not lie in rows."""
+    q, config = (
+        torch.empty(1, 2, 2**20, 64),
+        {"segment_lengths": (4,), "dilation_rates": (1,), "head_offsets": "modulo"},
+    )
+    least = q.nbytes + 4 * 2**21
+    monkeypatch.setattr(dilated, "memory_free", lambda device: least)
+    assert dilated.check(q, q, q, False, *config.values())
+    for inputs, free in (((q, q, q), least - 1), ((q[..., :1].expand_as(q), q, q), least + q.nbytes - 1)):
+        monkeypatch.setattr(dilated, "memory_free", lambda device, free=free: free)
+        with pytest.raises(AttnError, match="GiB are needed at least"):
+            dilated.check(*inputs, False, *config.values())
+
+
+def test_a_second_derivative_is_refused():
+    """Wherever the upstream gradient comes from, and not before it is asked for."""
+    inputs = Shape(1, 2, 16, 4).inputs()
+    o = dilated.dilated(*inputs, segment_lengths=(4,), dilation_rates=(1,))
+    (dq,) = torch.autograd.grad(o.sum(), inputs[0], create_graph=True)
+    with pytest.raises(AttnError, match="no second derivative"):
+        torch.autograd.grad(dq.sum(), inputs[1])
