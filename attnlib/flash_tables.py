@@ -189,6 +189,19 @@ def settled(cells: pd.DataFrame) -> list[str]:
     ]
 
 
+def relapses(duels: pd.DataFrame) -> list[str]:
+    """A sentence for each cell in which flash wins at the shortest length and loses at longer ones, whole intervals."""
+    found = []
+    for (t, d, phase), cell in duels.sort_values("seq_len").groupby(["dtype", "head_dim", "phase"], sort=False):
+        lost = cell.loc[cell["high"] < 1, "seq_len"]
+        if cell["low"].iloc[0] > 1 and len(lost):
+            where = " to ".join(dict.fromkeys(str(n) for n in (lost.iloc[0], lost.iloc[-1])))
+            found.append(
+                f"In {t} at D = {d}, {phase}, flash wins at the shortest lengths too, and loses at N = {where}."
+            )
+    return found
+
+
 def losses(ends: pd.DataFrame) -> list[str]:
     """A sentence for each duel that flash lost, the whole interval below one."""
     return [

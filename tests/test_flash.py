@@ -152,6 +152,14 @@ def test_ratios_of_the_second_run_are_counted_in_the_first_ones_interval():
     assert flash_tables.inside(duels([1.0, 1.05])) == (1, 1) and flash_tables.inside(duels([1.0, 1.2])) == (1, 0)
 
 
+def test_a_cell_that_flash_wins_at_first_and_loses_later_is_told():
+    cells = pd.concat([duels([1.0])] * 4).assign(
+        seq_len=[16, 32, 64, 128], low=[1.1, 0.7, 0.6, 1.2], high=[1.2, 0.9, 0.8, 1.4]
+    )
+    assert "loses at N = 32 to 64" in flash_tables.relapses(cells)[0]
+    assert not flash_tables.relapses(cells[1:]) and not flash_tables.relapses(cells[:1])
+
+
 def test_blocks_of_rows_at_the_latest_crossover():
     cells = duels([1.0, 1.0]).assign(seq_len=[640.0, math.inf])
     assert flash_tables.blocks(cells, heads=8) == 40 and flash_tables.blocks(cells[1:], heads=8) == 0
