@@ -87,7 +87,7 @@ def search(case: Case, device: str) -> dict:
     """The row of one case: the largest N by the law, the largest that ran, and what was lost at the next one.
 
     The law's N and the next are tried first. Where they do not run and fail as predicted, what the pool was seen to
-    lose gives the next guess, and from there steps that double, then bisection, find the N that does, to the token or,
+    lose gives the next guess, down to one that runs, and bisection finds the N from which it does not: to the token or,
     where one MiB holds many, to that MiB. It is 1 where nothing ran.
     """
     variant, start = VARIANTS[case.variant], in_fresh_process(case, 2, device)  # cuDNN refuses a single key
@@ -106,10 +106,10 @@ def search(case: Case, device: str) -> dict:
     while low > 1 and not fits(low):
         lost = seen[low].get("reserved_bytes", 0) - seen[low].get("requested_bytes", 0)
         low, step = max(1, min(low - step, longest(lost))), 2 * step
-    high, step = low + grain, grain
-    while fits(high):
+    high, step = min((n for n, found in seen.items() if n > low and not found["fits"]), default=low + grain), grain
+    while fits(high):  # against the law
         low, step = high, 2 * step
-        high = min([low + step, *(n for n, trial in seen.items() if n > low and not trial["fits"])])
+        high = low + step
     while high - low > grain:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -2,6 +2,10 @@
 
 Read off PyTorch's sources (in aten/src/ATen/native: transformers, cudnn/MHA.cpp, cpu/FlashAttentionKernel.cpp) and
 flash-attn-4's (flash_attn/cute/interface.py), and held against the allocator. The names of buffers are theirs.
+
+On a CPU with matrix units for bfloat16 (AMX) they are those of float32 alone: in bfloat16 the flash kernel also packs K
+and V, from N = 64 on 2 (2 BHND + t min(N, 512) D) bytes where N and D are even, and in both half types the library
+underneath takes scratchpads for the products of the backward pass.
 """
 
 import math
