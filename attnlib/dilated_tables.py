@@ -206,6 +206,11 @@ def shares(heats: pd.DataFrame, kernels: dict[str, str], baseline: str) -> pd.Da
     )
 
 
+def span(values) -> str:
+    """The smallest and the largest of some shares: "80% to 96%", or one if they agree."""
+    return " to ".join(dict.fromkeys(f"{value:.0%}" for value in (min(values), max(values))))
+
+
 def raced(found: pd.DataFrame):
     """`shares` as a table."""
     rows = found.assign(mask=mask(found), dilated=found["tflop_s"].map(digits))

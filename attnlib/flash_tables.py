@@ -9,7 +9,7 @@ from attnlib import VARIANTS
 from attnlib.accuracy import RESULTS
 from attnlib.check import WRAPPED
 from attnlib.core import ACCOUNTS, Shape, useful_flops
-from attnlib.fit import USES, at_length, need
+from attnlib.fit import at_length, need
 from attnlib.measure import POINT
 from attnlib.memory import ledger, reached
 from attnlib.tables import MIB, NO_FIGURE, digits, size, table
@@ -27,6 +27,7 @@ def kernel(name: str) -> str:
 
 def grid(rows: pd.DataFrame, column: str, unit: float = 1):
     """`column` by sequence length and variant; where there is no figure, how the point ended."""
+    rows = rows[rows.groupby("variant")["status"].transform(lambda statuses: (statuses != "unsupported").any())]
     cells = rows.assign(cell=rows["status"].where(rows[column].isna(), [digits(x / unit) for x in rows[column]]))
     frame = cells.pivot(index="seq_len", columns="variant", values="cell")[list(dict.fromkeys(rows["variant"]))]
     return table(frame.reset_index().rename_axis(columns=None))
@@ -179,6 +180,13 @@ def crossovers(cells: pd.DataFrame):
     return table(pd.DataFrame(found), dict.fromkeys(ratios, "{:.2f}×"))
 
 
+def ratios(rows: pd.DataFrame, first: str, second: str) -> str:
+    """How many times as long `first` takes as `second` in the forward pass of a sweep, at its two longest lengths."""
+    times = rows.pivot_table(index=["head_dim", "seq_len"], columns="variant", values="forward_ms")
+    parts = (times[first] / times[second]).dropna().groupby("head_dim").tail(2)
+    return ", ".join(f"{ratio:.1f} at D = {d} and N = {n}" for (d, n), ratio in parts.items())
+
+
 def settled(cells: pd.DataFrame) -> list[str]:
     """For each dtype a sentence: in how many cells flash wins from the shortest length on, in both runs."""
     latest = cells.groupby(["dtype", "head_dim", "phase"], sort=False)[["seq_len", "shortest"]].max()
@@ -250,12 +258,12 @@ def memory_crossover(first: str, second: str, shape: Shape, phase: str, kind: st
 
 
 def memory_crossovers(pairs: list[tuple[str, str, Shape]], kind: str):
-    """`memory_crossover` of each pair for inference and training, and what both need at a length far beyond."""
+    """`memory_crossover` of each pair for a forward pass and for training, and what both need far beyond."""
     found = []
     for first, second, shape in pairs:
         row = {"dtype": shape.dtype, "head_dim": shape.head_dim, "flash": second}
-        for use, phase in USES.items():
-            row[f"{use}, from N"] = memory_crossover(first, second, shape, phase, kind)
+        for title, phase in (("forward", "forward"), ("training", "backward")):
+            row[f"{title}, from N"] = memory_crossover(first, second, shape, phase, kind)
         far = [size(need(VARIANTS[name], at_length(shape, 16384), "backward", kind)) for name in (first, second)]
         found.append({**row, "training at N = 16384": " instead of ".join(reversed(far))})
     return table(pd.DataFrame(found))

@@ -1,8 +1,8 @@
 """Dilated attention as public code defines it, each restated in a few lines, to be audited and to be raced against.
 
 The sources, with the commits that were read: microsoft/torchscale 4d1e0e82 (torchscale/component/dilated_attention.py);
-fkodom/dilated-attention-pytorch 87cda757 and its descendant DarcStar-Solutions-Tech/dilated-attention-pytorch f6094f7f,
-which published report 004 measures (dilated_attention_pytorch/dilated_attention.py); seung7361/longnet 2143586b
+fkodom/dilated-attention-pytorch 87cda757 and its descendant DarcStar-Solutions-Tech/dilated-attention-pytorch 8b036b95,
+which published report 004 measures (src/dilated_attention_pytorch/dilated_attention.py); seung7361/longnet 2143586b
 (model.py). A boolean mask over LongNet's own pattern was found nowhere, and is the definition that text often suggests.
 Tensors are `[B, H, N, D]`, configurations those of dilated.dilated.
 """
