@@ -94,7 +94,7 @@ def dilated_reference(q, k, v, *, segment_lengths, dilation_rates, causal=False,
     """o `[B, H, N, D]`, as the paper defines it, one segment of one head at a time: to be read, on any device.
 
     Raises AttnError for lists that are empty, unequal or not of positive integers, a rate above its segment, another
-    head_offsets, or inputs that differ in shape, dtype or device.
+    head_offsets, inputs that differ in shape, dtype or device, or more than memory can hold.
     """
     branches = check(q, k, v, causal, segment_lengths, dilation_rates, head_offsets)
     (heads, seq_len), outputs, denominators = q.shape[1:3], [], []
