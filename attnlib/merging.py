@@ -39,12 +39,10 @@ def add(totals, parts):
 def packed(*tensors):
     """Tensors of one size, in memory as `[b, n, h, D]`: each itself if it is so, else a copy."""
     b, h, n, width = tensors[0].shape
-    loose = [x for x in tensors if not x.transpose(1, 2).is_contiguous()]
-    copies = [x.new_empty(b, n, h, width).transpose(1, 2) for x in loose]
-    if loose:
-        into_tiles(copies, loose, ADD=False)
-    made = iter(copies)
-    return [next(made) if any(x is one for one in loose) else x for x in tensors]
+    rows = [x if x.transpose(1, 2).is_contiguous() else x.new_empty(b, n, h, width).transpose(1, 2) for x in tensors]
+    if loose := [(row, x) for row, x in zip(rows, tensors, strict=True) if row is not x]:
+        into_tiles(*zip(*loose, strict=True), ADD=False)
+    return rows
 
 
 def tiles(like) -> tuple:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from attnlib import VARIANTS, crossover, flash_tables, results, stored, traffic
+from attnlib import VARIANTS, crossover, crossover_tables, flash_tables, results, stored, traffic
 from attnlib import device as dev
 from attnlib.core import ACCOUNTS, AttnError, Shape
 from attnlib.fit import at_length, need
@@ -72,7 +72,7 @@ def test_names_of_kernels_are_shortened(name, short):
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_the_crossover_in_memory_is_where_the_laws_cross(phase):
     shape = Shape(1, 8, 1, 64, "bfloat16")
-    n = flash_tables.memory_crossover("naive", "sdpa_flash", shape, phase, "cuda")
+    n = crossover_tables.memory_crossover("naive", "sdpa_flash", shape, phase, "cuda")
     sizes = [
         [need(VARIANTS[v], at_length(shape, m), phase, "cuda") for v in ("naive", "sdpa_flash")] for m in (n - 1, n)
     ]
@@ -81,7 +81,7 @@ def test_the_crossover_in_memory_is_where_the_laws_cross(phase):
 
 def test_a_crossover_outside_the_lengths_tried_says_so():
     cell = {"shortest": 16, "longest": 1024}
-    assert [flash_tables.length(n, cell) for n in (16.0, 99.6, float("inf"))] == ["≤ 16", "100", "> 1024"]
+    assert [crossover_tables.length(n, cell) for n in (16.0, 99.6, float("inf"))] == ["≤ 16", "100", "> 1024"]
 
 
 def test_the_pick_is_told_from_the_kernel_that_ran():
@@ -149,20 +149,21 @@ def duels(ratios):
 
 
 def test_ratios_of_the_second_run_are_counted_in_the_first_ones_interval():
-    assert flash_tables.inside(duels([1.0, 1.05])) == (1, 1) and flash_tables.inside(duels([1.0, 1.2])) == (1, 0)
+    for second, count in ((1.05, 1), (1.2, 0)):
+        assert crossover_tables.inside(duels([1.0, second])) == (1, count)
 
 
 def test_a_cell_that_flash_wins_at_first_and_loses_later_is_told():
     cells = pd.concat([duels([1.0])] * 4).assign(
         seq_len=[16, 32, 64, 128], low=[1.1, 0.7, 0.6, 1.2], high=[1.2, 0.9, 0.8, 1.4]
     )
-    assert "loses at N = 32 to 64" in flash_tables.relapses(cells)[0]
-    assert not flash_tables.relapses(cells[1:]) and not flash_tables.relapses(cells[:1])
+    assert "loses at N = 32 to 64" in crossover_tables.relapses(cells)[0]
+    assert not crossover_tables.relapses(cells[1:]) and not crossover_tables.relapses(cells[:1])
 
 
 def test_blocks_of_rows_at_the_latest_crossover():
     cells = duels([1.0, 1.0]).assign(seq_len=[640.0, math.inf])
-    assert flash_tables.blocks(cells, heads=8) == 40 and flash_tables.blocks(cells[1:], heads=8) == 0
+    assert crossover_tables.blocks(cells, heads=8) == 40 and crossover_tables.blocks(cells[1:], heads=8) == 0
 
 
 @pytest.mark.gpu
