@@ -1,6 +1,5 @@
 """The three accounts of memory held against each other: law, ledger, and, on a GPU, the allocator."""
 
-import multiprocessing
 import os
 import random
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from attnlib import device as dev
 from attnlib.core import ACCOUNTS, DTYPES, AttnError, Shape
 from attnlib.measure import POINT
 from attnlib.memory import ledger, observe, reached
-from attnlib.sweep import Worker, leave_with_parent
+from attnlib.sweep import Worker, forkserver, leave_with_parent
 
 MOST = 100_000  # random sizes in one check: days of work
 ABREAST = 4  # workers that observe at once
@@ -114,8 +113,7 @@ def check(todo: list[tuple[str, Shape, str]], seen: pd.DataFrame | None = None) 
 
     Raises AttnError if one of the cases is not among the rows of `seen`.
     """
-    forked = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(os.cpu_count(), forked, initializer=leave_with_parent) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), forkserver(), initializer=leave_with_parent) as pool:
         rows = pd.DataFrame(pool.map(compare, *zip(*todo, strict=True), chunksize=24))
     if seen is None:
         return rows

@@ -2,8 +2,8 @@
 
 What is compared alternates, in an order drawn for each round, so that a clock that sags slows all alike. An interval is
 a bootstrap over batches, each with inputs of its own, and over the rounds within them (Efron and Tibshirani 1993, "An
-Introduction to the Bootstrap", chapter 13), widened for the small number of batches. What differs between processes it
-does not cover; a second run shows that.
+Introduction to the Bootstrap", chapter 13), widened for the small number of batches. In a duel each batch has a process
+of its own as well, since some of a time belongs to the process: launches that all take a little longer.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 from attnlib import VARIANTS
 from attnlib import device as dev
 from attnlib.core import Shape, Variant, dense_reach, useful_flops
-from attnlib.sweep import Worker
+from attnlib.sweep import Worker, forkserver
 
 BATCHES, DRAWS = 5, 1000
 LEVEL = 0.99  # of the intervals: a table of a few dozen shall hold as a whole
@@ -42,20 +42,18 @@ def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -
     return lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
 
 
-def batches(functions: Callable[[int], list], device: str, budget_s: float) -> list[np.ndarray]:
-    """`device.milliseconds` of `functions(seed)` for BATCHES seeds, five rounds each or more, in `budget_s` seconds.
+def batch(entries: list[tuple[Variant, Shape]], device: str, phase: str, seed: int, budget_s: float, *others):
+    """`[rounds, contestants]` milliseconds: the functions `others` and `passes` of each `(variant, shape)`, in turns.
 
-    Each call waits twice as long as the host takes to launch the slowest of them: the device's time is compared.
+    Five rounds, or as many as fit in `budget_s` seconds. Each call waits twice as long as the host takes to launch the
+    slowest of them: the device's time is compared.
     """
-    found = []
-    for seed in range(BATCHES):
-        contestants = functions(seed)
-        wait_ms = 2 * dev.warm_up(contestants, device)
-        begun = time.perf_counter()
-        dev.milliseconds(contestants, 2, device, wait_ms)
-        one = (time.perf_counter() - begun) / 2
-        found.append(dev.milliseconds(contestants, int(min(50, max(5, budget_s / BATCHES / one))), device, wait_ms))
-    return found
+    contestants = [*others, *(passes(variant, shape, device, phase, seed) for variant, shape in entries)]
+    wait_ms = 2 * dev.warm_up(contestants, device)
+    begun = time.perf_counter()
+    dev.milliseconds(contestants, 2, device, wait_ms)
+    one = (time.perf_counter() - begun) / 2
+    return dev.milliseconds(contestants, int(min(50, max(5, budget_s / one))), device, wait_ms)
 
 
 def interval(samples: list[np.ndarray], seed: int = 0) -> tuple[float, float]:
@@ -86,23 +84,27 @@ def medians(times: list[np.ndarray]) -> list[float]:
     return [float(x) for x in np.median(np.concatenate(times), axis=0)]
 
 
-def duel(first: Variant, second: Variant, shape: Shape, device: str, phase: str, budget_s: float = 1.0) -> dict:
-    """How many times as long `first` takes as `second` at `shape` in `phase`, "forward" or "backward".
+def duel(first: Variant, second: Variant, shape: Shape, phase: str, times: list[np.ndarray]) -> dict:
+    """How many times as long `first` takes as `second` at `shape` in `phase`, "forward" or "backward", by their times.
 
     Columns: the shape's, `phase, first, second, first_ms, second_ms` (medians), RATIO, `rounds`.
     """
-    times = batches(lambda seed: [passes(v, shape, device, phase, seed) for v in (first, second)], device, budget_s)
     first_ms, second_ms = medians(times)
     names = {"phase": phase, "first": first.name, "second": second.name, "first_ms": first_ms, "second_ms": second_ms}
     return {**shape.columns(), **names, **ratio(times, 0, 1), "rounds": sum(map(len, times))}
 
 
 def duels(pairs: list[tuple], device: str, budget_s: float) -> Iterator[dict]:
-    """`duel` for each of `(first, second, shape, phase)`, twice over: `run` 1 and, in a process of its own, `run` 2."""
+    """`duel` for each of `(first, second, shape, phase)`, twice over, `run` 1 and 2; each batch in its own process."""
     for run in (1, 2):
-        with Worker() as worker:
-            for first, second, shape, phase in pairs:
-                yield worker.call(duel, first, second, shape, device, phase, budget_s) | {"run": run}
+        times = [[] for _ in pairs]
+        for seed in range(BATCHES):
+            with Worker(forkserver()) as worker:
+                for found, (first, second, shape, phase) in zip(times, pairs, strict=True):
+                    entries = [(first, shape), (second, shape)]
+                    found.append(worker.call(batch, entries, device, phase, seed, budget_s / BATCHES))
+        for found, pair in zip(times, pairs, strict=True):
+            yield duel(*pair, found) | {"run": run}
 
 
 def race(shape: Shape, device: str, phase: str, names: list[str], budget_s: float) -> list[dict]:
@@ -116,10 +118,8 @@ def race(shape: Shape, device: str, phase: str, names: list[str], budget_s: floa
     product, product_flops = dev.gemm(device, shape.dtype)
     variants = [VARIANTS[name] for name in names]
 
-    def contestants(seed):
-        return [product, *(passes(variant, shape, device, phase, seed) for variant in variants)]
-
-    times = batches(contestants, device, budget_s)
+    entries = [(variant, shape) for variant in variants]
+    times = [batch(entries, device, phase, seed, budget_s / BATCHES, product) for seed in range(BATCHES)]
     gemm_ms, *each_ms = medians(times)
     default, found = 1 + names.index("sdpa_default"), []
     for place, (variant, ms) in enumerate(zip(variants, each_ms, strict=True), 1):
@@ -143,11 +143,8 @@ def work(variant: Variant, shape: Shape, phase: str) -> int:
 def heat(entries: list[tuple[Variant, Shape]], device: str, phase: str, budget_s: float) -> list[dict]:
     """A row for each `(variant, shape)`, all taking turns: the shape's columns, `phase, variant, ms, tflop_s`."""
 
-    def contestants(seed):
-        return [passes(variant, shape, device, phase, seed) for variant, shape in entries]
-
-    found = []
-    for (variant, shape), ms in zip(entries, medians(batches(contestants, device, budget_s)), strict=True):
+    times, found = [batch(entries, device, phase, seed, budget_s / BATCHES) for seed in range(BATCHES)], []
+    for (variant, shape), ms in zip(entries, medians(times), strict=True):
         row = {**shape.columns(), "phase": phase, "variant": variant.name, "ms": ms}
         found.append(row | {"tflop_s": work(variant, shape, phase) / ms / 1e9})
     return found

@@ -12,7 +12,7 @@ from attnlib.core import Shape
 from attnlib.fit import at_length, largest_seq_len, need
 from attnlib.measure import out_of_memory
 from attnlib.memory import observe
-from attnlib.sweep import Worker
+from attnlib.sweep import Worker, forkserver
 
 POOL = ("requested", "allocated", "reserved")
 SIZES = ["batch", "heads", "head_dim"]
@@ -79,7 +79,7 @@ def trial(case: Case, device: str) -> dict:
 def in_fresh_process(case: Case, seq_len: int, device: str) -> dict:
     """`trial` of a case at `seq_len`, in a process of its own."""
     case = Case(case.variant, at_length(case.shape, seq_len), case.phase, case.memory_bytes, case.allocator)
-    with Worker("forkserver") as worker:
+    with Worker(forkserver()) as worker:
         return worker.call(trial, case, device, timeout_s=300)
 
 

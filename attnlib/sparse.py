@@ -94,12 +94,9 @@ def needs(shape: Shape, device) -> str | None:
 
 @cache
 def _pairs(at: int, number: int, seq_len: int, causal: bool) -> int:
-    """How many pairs a pattern lets see each other, counted a block of queries at a time."""
-    sees, keys, found = rule(PATTERNS[at], number, seq_len, causal, "cpu"), torch.arange(seq_len), 0
-    for start in range(0, seq_len, BLOCK):
-        queries = torch.arange(start, min(start + BLOCK, seq_len))
-        found += int(sees(0, 0, queries[:, None], keys[None, :]).sum())
-    return found
+    """How many pairs a pattern lets see each other, counted in pieces that stay in the cache."""
+    sees, keys = rule(PATTERNS[at], number, seq_len, causal, "cpu"), torch.arange(seq_len, dtype=torch.int32)
+    return sum(int(sees(0, 0, queries, keys).sum()) for queries in keys[:, None].split(16))
 
 
 class Pairs(sympy.Function):

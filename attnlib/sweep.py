@@ -48,16 +48,21 @@ def _serve(pipe):
             pipe.send((WorkerDied(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"), None))
 
 
+def forkserver() -> multiprocessing.context.BaseContext:
+    """How to start many short-lived processes: from one that has imported this package, which touches no GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["attnlib", "pandas"])  # heeded by whoever starts the server: by all or by none
+    return context
+
+
 class Worker:
     """A process of its own to touch the device: started when first called, replaced after it has died.
 
-    method: how processes are started; "forkserver" is for many short-lived ones, since it imports torch only once.
+    context: how the process is started; a fresh interpreter, or see `forkserver`.
     """
 
-    def __init__(self, method: str = "spawn"):
-        self.context, self.process = multiprocessing.get_context(method), None
-        if method == "forkserver":
-            self.context.set_forkserver_preload(["torch", "sympy", "pandas"])  # none of them touches the GPU
+    def __init__(self, context: multiprocessing.context.BaseContext | None = None):
+        self.context, self.process = context or multiprocessing.get_context("spawn"), None
 
     def __enter__(self):
         return self

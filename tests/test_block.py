@@ -1,5 +1,6 @@
 """The block around an attention variant, and the runs that alternate."""
 
+import os
 import time
 from dataclasses import replace
 
@@ -51,15 +52,35 @@ def sleeper(name, seconds):
     return replace(VARIANTS["naive"], name=name, fn=sleep)
 
 
+def sleep_duel(first, second, phase, budget_s):
+    shape = Shape(1, 1, 4, 4)
+    entries = [(first, shape), (second, shape)]
+    times = [crossover.batch(entries, "cpu", phase, seed, budget_s) for seed in range(crossover.BATCHES)]
+    return crossover.duel(first, second, shape, phase, times)
+
+
 def test_a_duel_finds_who_is_slower_and_by_how_much():
-    row = crossover.duel(sleeper("slow", 0.004), sleeper("fast", 0.002), Shape(1, 1, 4, 4), "cpu", "forward", 0.5)
+    row = sleep_duel(sleeper("slow", 0.004), sleeper("fast", 0.002), "forward", 0.1)
     assert 1.5 < row["low"] <= row["ratio"] <= row["high"] < 2.5
     assert row["first"] == "slow" and row["rounds"] >= 5 * crossover.BATCHES
 
 
 def test_equals_are_not_told_apart():
-    row = crossover.duel(sleeper("one", 0.002), sleeper("other", 0.002), Shape(1, 1, 4, 4), "cpu", "backward", 0.2)
+    row = sleep_duel(sleeper("one", 0.002), sleeper("other", 0.002), "backward", 0.04)
     assert row["low"] < 1.1 and row["high"] > 0.9
+
+
+def process_of(entries, device, phase, seed, budget_s):
+    return np.full((5, 2), [os.getpid(), 1.0])
+
+
+def test_each_batch_of_a_duel_has_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(crossover, "batch", process_of)
+    monkeypatch.setattr(crossover, "duel", lambda *pair: {"processes": [times[0, 0] for times in pair[-1]]})
+    pair = (VARIANTS["naive"], VARIANTS["sdpa_math"], Shape(1, 1, 16, 8), "forward")
+    one, same, two, _ = crossover.duels([pair] * 2, "cpu", 0.01)
+    assert one["processes"] == same["processes"] and [one["run"], two["run"]] == [1, 2]
+    assert len({*one["processes"], *two["processes"]}) == 2 * crossover.BATCHES
 
 
 def test_the_interval_covers_the_median_as_often_as_it_says():
