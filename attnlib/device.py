@@ -14,7 +14,6 @@ import psutil
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
 
 from attnlib.core import DTYPES, AttnError
 
@@ -173,6 +172,8 @@ def time_passes(fn, device: str, budget_s: float) -> list[float]:
             break
     span_s = min(budget_s, PASSES * estimate_s)
     if device == "cpu":
+        from torch.utils.benchmark import Timer  # not at the top: it looks for a GPU, after which no process can fork
+
         timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
         return [1e3 * s for s in timer.blocked_autorange(min_run_time=span_s).times[:PASSES]]
     if estimate_s > budget_s / 6:
