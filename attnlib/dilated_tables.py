@@ -151,23 +151,28 @@ def lengths(rows: pd.DataFrame):
     return table(pd.DataFrame(found), {"and backward": lambda x: NO_FIGURE if math.isnan(x) else digits(x)})
 
 
-def remedies(rows: pd.DataFrame, base: str):
-    """Time of each variant, its speed-up over `base` at the same length, and what its operations promise."""
+def gains(rows: pd.DataFrame, base: str) -> pd.DataFrame:
+    """`seq_len, variant, ms`, forward and backward; `gain`, the speed-up over `base` at that length; `promised`, by the
+    operations; `kept`, what was reached of that. Where a point has no time, its status stands for `ms`."""
     found = []
     for n, group in rows.groupby("seq_len"):
         dense = group.set_index("variant").loc[base]
         for row in group.itertuples():
-            names = {"seq_len": n, "variant": row.variant}
-            if math.isnan(row.forward_backward_ms):
-                found.append(names | {"ms": row.status})
-                continue
-            gain, promised = (
-                dense["forward_backward_ms"] / row.forward_backward_ms,
-                dense["operations"] / row.operations,
-            )
-            names |= {"ms": digits(row.forward_backward_ms), "faster": f"{gain:.2f}×", "promised": f"{promised:.2f}×"}
-            found.append(names | {"kept of the promise": f"{gain / promised:.0%}"})
-    return table(pd.DataFrame(found))
+            gain = dense["forward_backward_ms"] / row.forward_backward_ms
+            promised = dense["operations"] / row.operations
+            ms = row.status if math.isnan(gain) else row.forward_backward_ms
+            figures = {"ms": ms, "gain": gain, "promised": promised, "kept": gain / promised}
+            found.append({"seq_len": n, "variant": row.variant} | figures)
+    return pd.DataFrame(found)
+
+
+def remedies(gained: pd.DataFrame):
+    """The rows of `gains` as a table."""
+    texts = {"ms": digits, "gain": "{:.2f}×".format, "promised": "{:.2f}×".format, "kept": "{:.0%}".format}
+    shown = {
+        c: [x if isinstance(x, str) else "" if math.isnan(x) else f(x) for x in gained[c]] for c, f in texts.items()
+    }
+    return table(gained.assign(**shown).rename(columns={"gain": "faster", "kept": "kept of the promise"}))
 
 
 def between(cell: pd.DataFrame) -> str:
