@@ -3,7 +3,7 @@
 What is compared alternates, in an order drawn for each round, so that a clock that sags slows all alike. An interval is
 a bootstrap over batches, each with inputs of its own, and over the rounds within them (Efron and Tibshirani 1993, "An
 Introduction to the Bootstrap", chapter 13), widened for the small number of batches. In a duel each batch has a process
-of its own as well, since some of a time belongs to the process: launches that all take a little longer.
+of its own as well, since times differ between processes too.
 """
 
 import math
@@ -42,7 +42,7 @@ def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -
     return lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
 
 
-def batch(entries: list[tuple[Variant, Shape]], device: str, phase: str, seed: int, budget_s: float, *others):
+def batch(entries: list[tuple], device: str, phase: str, seed: int, budget_s: float, *others: Callable) -> np.ndarray:
     """`[rounds, contestants]` milliseconds: the functions `others` and `passes` of each `(variant, shape)`, in turns.
 
     Five rounds, or as many as fit in `budget_s` seconds. Each call waits twice as long as the host takes to launch the

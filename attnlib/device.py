@@ -172,7 +172,9 @@ def time_passes(fn, device: str, budget_s: float) -> list[float]:
             break
     span_s = min(budget_s, PASSES * estimate_s)
     if device == "cpu":
-        from torch.utils.benchmark import Timer  # not at the top: it looks for a GPU, after which no process can fork
+        from torch.utils.benchmark import (
+            Timer,
+        )  # not at the top: it counts GPUs, and no fork of this process could then use one
 
         timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
         return [1e3 * s for s in timer.blocked_autorange(min_run_time=span_s).times[:PASSES]]

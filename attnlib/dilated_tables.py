@@ -168,11 +168,10 @@ def gains(rows: pd.DataFrame, base: str) -> pd.DataFrame:
 
 def remedies(gained: pd.DataFrame):
     """The rows of `gains` as a table."""
-    texts = {"ms": digits, "gain": "{:.2f}×".format, "promised": "{:.2f}×".format, "kept": "{:.0%}".format}
-    shown = {
-        c: [x if isinstance(x, str) else "" if math.isnan(x) else f(x) for x in gained[c]] for c, f in texts.items()
-    }
-    return table(gained.assign(**shown).rename(columns={"gain": "faster", "kept": "kept of the promise"}))
+    shown = gained.assign(ms=[ms if isinstance(ms, str) else digits(ms) for ms in gained["ms"]])
+    for column, form in {"gain": "{:.2f}×", "promised": "{:.2f}×", "kept": "{:.0%}"}.items():
+        shown[column] = ["" if math.isnan(x) else form.format(x) for x in gained[column]]
+    return table(shown.rename(columns={"gain": "faster", "kept": "kept of the promise"}))
 
 
 def between(cell: pd.DataFrame) -> str:

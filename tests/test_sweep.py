@@ -14,10 +14,11 @@ from pathlib import Path
 
 import faults
 import pytest
+import torch
 
 from attnlib import NAIVE, VARIANTS
 from attnlib.core import AttnError, Shape
-from attnlib.sweep import COLUMNS, Worker, WorkerDied, key, sweep
+from attnlib.sweep import COLUMNS, Worker, WorkerDied, forkserver, key, sweep
 
 QUICK = {"device": "cpu", "budget_s": 0.003, "timeout_s": 60.0}
 
@@ -165,6 +166,12 @@ def test_two_sweeps_never_write_one_file(tmp_path, machine, worker):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(AttnError, match="another run"):
             sweep(points(1), tmp_path / "x.csv", machine, worker=worker, **QUICK)
+
+
+@pytest.mark.gpu
+def test_what_forks_from_a_process_that_imported_the_package_can_use_the_gpu():
+    with Worker(forkserver()) as worker:
+        assert worker.call(torch.cuda.mem_get_info, "cuda")[0] > 0
 
 
 def test_a_worker_passes_errors_on():
