@@ -45,15 +45,15 @@ def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -
 def batch(entries: list[tuple], device: str, phase: str, seed: int, budget_s: float, *others: Callable) -> np.ndarray:
     """`[rounds, contestants]` milliseconds: the functions `others` and `passes` of each `(variant, shape)`, in turns.
 
-    Five rounds, or as many as fit in `budget_s` seconds. Each call waits twice as long as the host takes to launch the
-    slowest of them: the device's time is compared.
+    As many rounds as fit in `budget_s` seconds, from 5 to 50. Each call waits twice as long as the host takes to launch
+    the slowest of them: the device's time is compared.
     """
     contestants = [*others, *(passes(variant, shape, device, phase, seed) for variant, shape in entries)]
     wait_ms = 2 * dev.warm_up(contestants, device)
     begun = time.perf_counter()
-    dev.milliseconds(contestants, 2, device, wait_ms)
-    one = (time.perf_counter() - begun) / 2
-    return dev.milliseconds(contestants, int(min(50, max(5, budget_s / one))), device, wait_ms)
+    times = dev.milliseconds(contestants, 2, device, wait_ms)
+    rounds = min(50, max(5, int(2 * budget_s / (time.perf_counter() - begun))))
+    return np.concatenate([times, dev.milliseconds(contestants, rounds - 2, device, wait_ms)])
 
 
 def interval(samples: list[np.ndarray], seed: int = 0) -> tuple[float, float]:

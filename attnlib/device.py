@@ -109,16 +109,16 @@ def state(device: str) -> dict:
 
 
 def warm_up(functions: list, device: str) -> float:
-    """Call each function twice. Returns the longest that the host took to launch a second call, in ms; 0 on the CPU."""
+    """Call each function, on a GPU twice. Returns the longest that the host took to launch the second call, in ms."""
     slowest = 0.0
     for fn in functions:
         fn()
         if device != "cpu":
             torch.cuda.synchronize(device)
-        begun = time.perf_counter()
-        fn()
-        slowest = max(slowest, 1e3 * (time.perf_counter() - begun))
-    return 0.0 if device == "cpu" else slowest
+            begun = time.perf_counter()
+            fn()
+            slowest = max(slowest, 1e3 * (time.perf_counter() - begun))
+    return slowest
 
 
 def milliseconds(functions: list, rounds: int, device: str, wait_ms: float = 0.5) -> np.ndarray:
@@ -156,10 +156,10 @@ def milliseconds(functions: list, rounds: int, device: str, wait_ms: float = 0.5
 def time_passes(fn, device: str, budget_s: float) -> list[float]:
     """Milliseconds of up to 100 calls of `fn`, as many as fit in `budget_s` seconds, at least one, after warm-ups.
 
-    On CUDA by triton.testing.do_bench: device events, the L2 cache flushed before each pass, six warm-ups of its own;
-    where those would use up the budget, by `milliseconds`, the same without them. On the CPU by
-    torch.utils.benchmark.Timer with all of torch's threads, after five warm-ups (fewer where they alone would use up
-    half the budget); where a pass is shorter than about a millisecond each figure is the mean over a block of passes.
+    On CUDA by triton.testing.do_bench: device events, the L2 cache flushed before each pass, six warm-ups of its own.
+    On the CPU by torch.utils.benchmark.Timer with all of torch's threads, after five warm-ups (fewer where they alone
+    would use up half the budget); where a pass is shorter than about a millisecond each figure is the mean over a block
+    of passes. Where fewer than six passes fit, by `milliseconds`, which needs no more of them.
     """
     warm_ups, begun = 5 if device == "cpu" else 2, time.perf_counter()
     for _ in range(warm_ups):
@@ -170,16 +170,14 @@ def time_passes(fn, device: str, budget_s: float) -> list[float]:
         estimate_s = time.perf_counter() - started
         if time.perf_counter() - begun > budget_s / 2:
             break
+    if estimate_s > budget_s / 6:
+        return milliseconds([fn], max(1, int(budget_s / estimate_s)), device)[:, 0].tolist()
     span_s = min(budget_s, PASSES * estimate_s)
     if device == "cpu":
-        from torch.utils.benchmark import (
-            Timer,
-        )  # not at the top: it counts GPUs, and no fork of this process could then use one
+        from torch.utils.benchmark import Timer  # not at the top: it counts GPUs, and no fork could then use one
 
         timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
         return [1e3 * s for s in timer.blocked_autorange(min_run_time=span_s).times[:PASSES]]
-    if estimate_s > budget_s / 6:
-        return milliseconds([fn], max(1, int(budget_s / estimate_s)), device)[:, 0].tolist()
     from triton.testing import do_bench
 
     with torch.cuda.device(device):
