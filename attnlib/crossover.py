@@ -117,7 +117,6 @@ def race(shape: Shape, device: str, phase: str, names: list[str], budget_s: floa
     flops = useful_flops(shape, phase)
     product, product_flops = dev.gemm(device, shape.dtype)
     variants = [VARIANTS[name] for name in names]
-
     entries = [(variant, shape) for variant in variants]
     times = [batch(entries, device, phase, seed, budget_s / BATCHES, product) for seed in range(BATCHES)]
     gemm_ms, *each_ms = medians(times)

@@ -274,7 +274,8 @@ def reached(shares, *, device):
     """The share of pairs that see each other against their distance, a line per `{label: (distances, shares)}`."""
     figure, ax = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
     for colour, (label, (distances, share)) in zip(sns.color_palette("colorblind"), shares.items(), strict=False):
-        ax.plot(distances, share, "-", color=colour, lw=1, label=label)
-    ax.set(xscale="log", yscale="log", xlabel="distance |i − j| (from)", ylabel="share of pairs seen", title=device)
+        edges, share = [*distances, 2 * distances[-1]], [*share, share[-1]]
+        ax.step(edges, share, "-", where="post", color=colour, lw=1, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="distance |i − j|", ylabel="share of pairs seen", title=device)
     legend(figure, ax)
     return figure
