@@ -18,6 +18,17 @@ def length(n: float, cell: dict) -> str:
     return f"≤ {cell['shortest']}" if n <= cell["shortest"] else f"{n:.0f}"
 
 
+def froms(cells: pd.DataFrame) -> str:
+    """From which lengths on the second variant wins, in words, for the crossings of one run in one dtype."""
+    found = {}
+    for cell in cells.to_dict("records"):
+        shortest = cell["seq_len"] <= cell["shortest"]
+        text = f"{cell['shortest']}, the shortest tried," if shortest else length(cell["seq_len"], cell)
+        found.setdefault(cell["phase"], {}).setdefault(text, []).append(f"D = {cell['head_dim']}")
+    each = ((phase, " or ".join(f"{n} at {' and '.join(d)}" for n, d in at.items())) for phase, at in found.items())
+    return "; ".join(f"{phase} from N = {at}" for phase, at in each)
+
+
 def crossovers(cells: pd.DataFrame):
     """The lengths from which flash wins, with their intervals, from both runs; and the ratios at both ends."""
     found = []

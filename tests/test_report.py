@@ -205,8 +205,10 @@ def test_a_report_names_each_day_that_its_data_were_measured(monkeypatch, tmp_pa
     shutil.copytree(ROOT / "data" / "nvidia-h200", tmp_path / "data" / "nvidia-h200")
     monkeypatch.setattr(stored, "ROOT", tmp_path)
     path = tmp_path / "data" / "nvidia-h200" / "machine.json"
-    ((name, facts),) = json.loads(path.read_text()).items()
-    facts["dates"] = {"01_naive_sweep": "2026-01-02", "01_options": "2026-01-03"}
-    path.write_text(json.dumps({name: facts}))
+    known = json.loads(path.read_text())
+    for facts in known.values():
+        facts["dates"] = {"01_naive_sweep": "2026-01-02", "01_options": "2026-01-03"}
+        facts["date"] = "2026-01-04"
+    path.write_text(json.dumps(known))
     assert stored.machine_of("nvidia-h200", "01")["date"] == "2026-01-02 and 2026-01-03"
-    assert stored.machine_of("nvidia-h200", "03")["date"] == facts["date"]
+    assert stored.machine_of("nvidia-h200", "03")["date"] == "2026-01-04"
