@@ -16,7 +16,7 @@ import torch
 
 from attnlib import VARIANTS
 from attnlib import device as dev
-from attnlib.core import Shape, Variant, dense_reach, useful_flops
+from attnlib.core import AttnError, Shape, Variant, dense_reach, useful_flops
 from attnlib.sweep import Worker, forkserver
 
 BATCHES, DRAWS = 5, 1000
@@ -33,7 +33,12 @@ HEAT = ["batch", "heads", "seq_len", "head_dim", "ms", "tflop_s"]  # of a heat's
 
 
 def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -> Callable:
-    """A function that runs one forward pass, or one backward pass of a forward pass done before."""
+    """A function that runs one forward pass, or one backward pass of a forward pass done before.
+
+    Raises AttnError for a phase that is neither "forward" nor "backward".
+    """
+    if phase not in ("forward", "backward"):
+        raise AttnError(f"phase must be forward or backward, not {phase!r}")
     q, k, v = shape.inputs(device, seed)
     if phase == "forward":
         return lambda: variant.fn(q, k, v, causal=shape.causal)
@@ -102,7 +107,7 @@ def duels(pairs: list[tuple], device: str, budget_s: float) -> Iterator[dict]:
             with Worker(forkserver()) as worker:
                 for found, (first, second, shape, phase) in zip(times, pairs, strict=True):
                     entries = [(first, shape), (second, shape)]
-                    found.append(worker.call(batch, entries, device, phase, seed, budget_s / BATCHES))
+                    found.append(worker.call_again(batch, entries, device, phase, seed, budget_s / BATCHES))
         for found, pair in zip(times, pairs, strict=True):
             yield duel(*pair, found) | {"run": run}
 

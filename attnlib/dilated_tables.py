@@ -160,7 +160,7 @@ def gains(rows: pd.DataFrame, base: str) -> pd.DataFrame:
         for row in group.itertuples():
             gain = dense["forward_backward_ms"] / row.forward_backward_ms
             promised = dense["operations"] / row.operations
-            ms = row.status if math.isnan(gain) else row.forward_backward_ms
+            ms = row.status if math.isnan(row.forward_backward_ms) else row.forward_backward_ms
             figures = {"ms": ms, "gain": gain, "promised": promised, "kept": gain / promised}
             found.append({"seq_len": n, "variant": row.variant} | figures)
     return pd.DataFrame(found)

@@ -80,7 +80,7 @@ def in_fresh_process(case: Case, seq_len: int, device: str) -> dict:
     """`trial` of a case at `seq_len`, in a process of its own."""
     case = Case(case.variant, at_length(case.shape, seq_len), case.phase, case.memory_bytes, case.allocator)
     with Worker(forkserver()) as worker:
-        return worker.call(trial, case, device, timeout_s=300)
+        return worker.call_again(trial, case, device, timeout_s=300)
 
 
 def search(case: Case, device: str) -> dict:

@@ -32,8 +32,9 @@ def pinned(backend, q, k, v, causal):
     except RuntimeError as error:
         if "No available kernel" not in str(error) and "No viable backend" not in str(error):
             raise
-        size = f"{tuple(q.shape)} {q.dtype} on {q.device.type}"
-        raise AttnError(f"PyTorch's {backend.name} kernel refuses q {size} with k {tuple(k.shape)} {k.dtype}") from None
+        sizes = f"q {tuple(q.shape)} {q.dtype} on {q.device.type} with k {tuple(k.shape)} {k.dtype}"
+        apart = "" if all(x.stride(-1) == 1 for x in (q, k, v)) else "; their last axis must be contiguous"
+        raise AttnError(f"PyTorch's {backend.name} kernel refuses {sizes}{apart}") from None
 
 
 def sdpa_math(q, k, v, *, causal=False):

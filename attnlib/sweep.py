@@ -85,10 +85,11 @@ class Worker:
         TimeoutError after `timeout_s` seconds; after the last two the process is killed.
         """
         if self.process is None:
-            self.pipe, theirs = self.context.Pipe()
-            self.process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
-            self.process.start()
-            theirs.close()
+            pipe, theirs = self.context.Pipe()
+            process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
+            with theirs:
+                process.start()
+            self.pipe, self.process = pipe, process
         try:
             self.pipe.send((function, arguments))
             if not self.pipe.poll(timeout_s):
@@ -104,6 +105,14 @@ class Worker:
             raise error
         return result
 
+    def call_again(self, function, *arguments, timeout_s: float | None = None):
+        """`call`, and a second time if the worker died: the cause may lie outside (somebody's kill, a system short of
+        memory)."""
+        try:
+            return self.call(function, *arguments, timeout_s=timeout_s)
+        except WorkerDied:
+            return self.call(function, *arguments, timeout_s=timeout_s)
+
 
 def ending(exitcode: int) -> str:
     """How a process ended, in words."""
@@ -113,17 +122,14 @@ def ending(exitcode: int) -> str:
 def measure_in(worker: Worker, variant: Variant, shape: Shape, device: str, budget_s: float, timeout_s: float) -> dict:
     """The row of one point, whatever happens to the worker.
 
-    A worker that dies is given a second try, since the cause may lie outside (somebody's kill, the system short of
-    memory); a point whose worker dies twice is a `crash`, one that is not done after `timeout_s` seconds a `timeout`.
+    A point whose worker dies twice is a `crash`, one that is not done after `timeout_s` seconds a `timeout`.
     """
-    for _ in range(2):
-        try:
-            return worker.call(measure, variant, shape, device, budget_s, timeout_s=timeout_s)
-        except WorkerDied as error:
-            status, reason = "crash", str(error)
-        except TimeoutError as error:
-            status, reason = "timeout", str(error)
-            break
+    try:
+        return worker.call_again(measure, variant, shape, device, budget_s, timeout_s=timeout_s)
+    except WorkerDied as error:
+        status, reason = "crash", str(error)
+    except TimeoutError as error:
+        status, reason = "timeout", str(error)
     return {"variant": variant.name, **shape.columns(), "status": status, "phase": "", "reason": reason}
 
 

@@ -104,13 +104,17 @@ class _Tiled(torch.autograd.Function):
 def tiled(q, k, v, *, causal=False, block_q=BLOCK, block_k=BLOCK):
     """o `[B, H, N, D]`; memory grows with N, not with its square. block_q, block_k: queries and keys in a tile.
 
-    Raises AttnError if q, k and v differ in shape, dtype or device, or are no such tensors, or a block is no positive
-    integer.
+    Raises AttnError if q, k and v differ in shape, dtype or device, or are no such tensors, causal is no bool, or a
+    block is no positive integer.
     """
     if len({(x.shape, x.dtype, x.device) for x in (q, k, v)}) > 1:
         raise AttnError("q, k and v must have the same shape, dtype and device")
-    if q.dim() != 4 or not q.is_floating_point():
-        raise AttnError(f"q, k and v must be floating-point [B, H, N, D], not {q.dtype} {list(q.shape)}")
+    if q.dim() != 4 or not all(q.shape) or not q.is_floating_point():
+        raise AttnError(
+            f"q, k and v must be floating-point [B, H, N, D] of no size zero, not {q.dtype} {list(q.shape)}"
+        )
+    if not isinstance(causal, bool):
+        raise AttnError(f"causal must be True or False, not {causal!r}")
     if not all(type(block) is int and block > 0 for block in (block_q, block_k)):
         raise AttnError(f"block_q and block_k must be positive integers, not {block_q!r} and {block_k!r}")
     return _Tiled.apply(q, k, v, causal, block_q, block_k)

@@ -11,7 +11,7 @@ import torch
 
 from attnlib import VARIANTS, crossover
 from attnlib.block import block, block_inputs, in_block
-from attnlib.core import Shape
+from attnlib.core import AttnError, Shape
 from attnlib.measure import measure
 
 
@@ -63,6 +63,11 @@ def test_a_duel_finds_who_is_slower_and_by_how_much():
     row = sleep_duel(sleeper("slow", 0.004), sleeper("fast", 0.002), "forward", 0.1)
     assert 1.5 < row["low"] <= row["ratio"] <= row["high"] < 2.5
     assert row["first"] == "slow" and row["rounds"] >= 5 * crossover.BATCHES
+
+
+def test_a_phase_that_is_none_is_refused():
+    with pytest.raises(AttnError, match="phase must be forward or backward, not 'Forward'"):
+        crossover.passes(VARIANTS["naive"], Shape(1, 1, 4, 4), "cpu", "Forward", 0)
 
 
 def test_equals_are_not_told_apart():

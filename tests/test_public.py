@@ -99,3 +99,23 @@ def test_rows_of_other_points_are_told():
 def test_shares_of_pairs_by_distance():
     starts, shares = dilated_tables.distances(torch.eye(9) + torch.eye(9).roll(1, 0))
     assert starts == [1, 2, 4, 8] and shares[0] == 0.5 and shares[1:3] == [0, 0] and math.isclose(shares[3], 0.5)
+
+
+def test_a_remedy_without_a_time_costs_no_other_its_own():
+    nan = float("nan")
+    rows = pd.DataFrame(
+        {
+            "variant": ["flash", "window", "strided"],
+            "seq_len": 8,
+            "status": ["ok", "ok", "oom"],
+            "forward_backward_ms": [4.0, 1.0, nan],
+            "operations": [80, 10, 20],
+        }
+    )
+    gained = dilated_tables.gains(rows, "flash").set_index("variant")
+    assert gained.loc["window", ["ms", "gain", "promised", "kept"]].tolist() == [1.0, 4.0, 8.0, 0.5]
+    assert gained.loc["strided", "ms"] == "oom" and math.isnan(gained.loc["strided", "kept"])
+    without = dilated_tables.gains(rows.assign(forward_backward_ms=[nan, 1.0, nan]), "flash")
+    assert without["ms"].tolist() == ["ok", 1.0, "oom"] and without["kept"].isna().all()
+    assert "50%" in dilated_tables.remedies(gained.reset_index()).to_html()
+    assert "oom" in dilated_tables.remedies(without).to_html()

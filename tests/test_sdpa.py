@@ -106,6 +106,19 @@ def test_tiles_of_no_size_are_refused(block):
         tiled(*Shape(1, 1, 8, 8).inputs(), block_q=block)
 
 
+def test_tiled_refuses_what_is_no_mask_and_no_sequence():
+    with pytest.raises(AttnError, match="causal must be True or False, not 'no'"):
+        tiled(*Shape(1, 1, 8, 8).inputs(), causal="no")
+    with pytest.raises(AttnError, match="no size zero"):
+        tiled(*(torch.empty(1, 1, 0, 8) for _ in range(3)))
+
+
+def test_a_refusal_names_a_last_axis_that_is_not_contiguous():
+    q, k, v = (x.mT.contiguous().mT for x in Shape(2, 3, 37, 11).inputs())
+    with pytest.raises(AttnError, match="last axis must be contiguous"):
+        sdpa.sdpa_flash(q, k, v)
+
+
 def test_tiled_needs_memory_linear_in_n():
     """To within what the CPU's allocator counts for scale factors, and far from the 1 GiB that scores would take."""
     shape = Shape(1, 1, 16384, 64)

@@ -168,6 +168,12 @@ def test_two_sweeps_never_write_one_file(tmp_path, machine, worker):
             sweep(points(1), tmp_path / "x.csv", machine, worker=worker, **QUICK)
 
 
+def test_a_worker_that_died_is_asked_once_more(tmp_path, worker):
+    assert worker.call_again(faults.die_once, tmp_path / "died") == "alive"
+    with pytest.raises(WorkerDied, match="a bug"):
+        worker.call_again(faults.fail, 0, 0, 0)
+
+
 @pytest.mark.gpu
 def test_what_forks_from_a_process_that_imported_the_package_can_use_the_gpu():
     with Worker(forkserver()) as worker:
