@@ -113,6 +113,7 @@ def test_tiled_refuses_what_is_no_mask_and_no_sequence():
         tiled(*(torch.empty(1, 1, 0, 8) for _ in range(3)))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch says it too, at length
 def test_a_refusal_names_a_last_axis_that_is_not_contiguous():
     q, k, v = (x.mT.contiguous().mT for x in Shape(2, 3, 37, 11).inputs())
     with pytest.raises(AttnError, match="last axis must be contiguous"):
