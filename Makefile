@@ -16,42 +16,45 @@ ifndef PYTHON
 endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: report replay test lab lint clean help ready
+.PHONY: report replay test bench lab lint clean help ready
 .DEFAULT_GOAL := help
 
 report: ready ## measure this machine and write build/<device>/report.html and .pdf (DEVICE=auto|all|cpu|cuda:1 PROFILE=full|quick ONLY=02)
-	@"$(PYTHON)" report/build.py measure --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
+	@"$(PYTHON)" -m report.build measure --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
 
 replay: ready ## rebuild the report from committed data (DEVICE=nvidia-h200)
-	@"$(PYTHON)" report/build.py replay --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
+	@"$(PYTHON)" -m report.build replay --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
 
-test: ready ## run the tests
-	@"$(PYTHON)" -m pytest $(ARGS)
+test: ready ## run the tests; those that need a GPU are skipped where there is none
+	@"$(PYTHON)" -m pytest -m "not ci and not stress" -n auto --maxprocesses 8 $(ARGS)
+
+bench: ready ## compare this project's clock with the reference timers (DEVICE=auto|cpu|cuda:1)
+	@"$(PYTHON)" tests/agreement.py timers --device "$(DEVICE)" --check $(ARGS)
 
 lab: ready ## open the notebooks in JupyterLab
 	@"$(PYTHON)" -m jupyterlab notebooks
 
-lint: ready ## check code and notebooks with ruff
-	@"$(PYTHON)" -m ruff check && "$(PYTHON)" -m ruff format --check
+lint: ready ## check code and notebooks with ruff, types with mypy
+	@"$(PYTHON)" -m ruff check && "$(PYTHON)" -m ruff format --check && "$(PYTHON)" -m mypy
 
 NEEDED = torch pandas matplotlib seaborn sympy psutil tqdm papermill nbconvert ipykernel ipywidgets
-test: NEEDED += pytest pypandoc typst
-lint: NEEDED = ruff
+test bench: NEEDED += pytest xdist
+lint: NEEDED = ruff mypy
 lab: NEEDED += jupyterlab
 FIND := import importlib.util as u, sys; print(*[p for p in sys.argv[1:] if not u.find_spec(p)])
 ready: $(OWN)
 	@lacking=$$("$(PYTHON)" -c '$(FIND)' $(NEEDED)) || { echo "error: $(PYTHON) does not run" >&2; exit 1; }; \
 	if [ -n "$$lacking" ]; then \
-	  echo "error: $(PYTHON) lacks $$lacking; install with: $(PYTHON) -m pip install -e ." >&2; exit 1; \
+	  echo "error: $(PYTHON) lacks $$lacking; install with: $(PYTHON) -m pip install -e \".[dev]\"" >&2; exit 1; \
 	fi
 
 .venv/ready: pyproject.toml
 	@echo "making .venv (torch and Jupyter: a few minutes of downloads the first time)"
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed" >&2; exit 1; }
-	@python3 -m venv .venv && .venv/bin/python -m pip install --quiet -e . && touch $@
+	@python3 -m venv .venv && .venv/bin/python -m pip install --quiet -e '.[dev]' && touch $@
 
 clean: ## remove what was generated: build/ and caches
-	rm -rf build .pytest_cache .ruff_cache
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
 
 help: ## show this list

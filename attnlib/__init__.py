@@ -1,28 +1,66 @@
-"""attnlib: attention variants, what is known about each before it runs, and the means to measure them."""
+"""attnlib: attention variants, what is known about each before it runs, and the means to measure them.
 
-from attnlib import dilated, naive, sdpa, sparse, tiled
-from attnlib.core import AttnError, Variant
+Nothing heavy is imported until a variant is asked for."""
 
-NAIVE = {variant.name: variant for variant in (naive.CUSTOM, naive.NAIVE, naive.WEIGHTS_ONLY, naive.RECOMPUTE)}
-FUSED = {
-    variant.name: variant
-    for variant in (
-        sdpa.MATH,
-        sdpa.EFFICIENT,
-        sdpa.FLASH,
-        sdpa.CUDNN,
-        sdpa.DEFAULT,
-        sdpa.FA2,
-        sdpa.FA4,
-        tiled.TILED,
-    )
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attnlib.laws import Variant
+
+    VARIANTS: dict[str, Variant]
+
+__version__ = "0.1.0"
+__all__ = ["FAMILIES", "VARIANTS", "family", "variant"]
+
+
+# every variant by its name, and where it is defined, "module:CONSTANT": a new one is one more line
+FAMILIES = {
+    "plain": {
+        "naive_custom": "attnlib.variants.naive:NAIVE_CUSTOM",
+        "naive": "attnlib.variants.naive:NAIVE",
+        "naive_weights_only": "attnlib.variants.naive:NAIVE_WEIGHTS_ONLY",
+        "naive_recompute": "attnlib.variants.naive:NAIVE_RECOMPUTE",
+    },
+    "kernels": {
+        "sdpa_math": "attnlib.variants.sdpa:SDPA_MATH",
+        "sdpa_efficient": "attnlib.variants.sdpa:SDPA_EFFICIENT",
+        "sdpa_flash": "attnlib.variants.sdpa:SDPA_FLASH",
+        "sdpa_cudnn": "attnlib.variants.sdpa:SDPA_CUDNN",
+        "sdpa_default": "attnlib.variants.sdpa:SDPA_DEFAULT",
+        "fa4": "attnlib.variants.sdpa:FA4",
+        "tiled": "attnlib.variants.tiled:TILED",
+    },
+    "sparse": {
+        "dilated": "attnlib.dilated.attention:DILATED",
+        "window": "attnlib.variants.sparse:WINDOW",
+        "strided": "attnlib.variants.sparse:STRIDED",
+        "random_blocks": "attnlib.variants.sparse:RANDOM_BLOCKS",
+    },
 }
-SPARSE = {variant.name: variant for variant in (dilated.DILATED, sparse.WINDOW, sparse.STRIDED, sparse.RANDOM)}
-VARIANTS = NAIVE | FUSED | SPARSE
+
+
+@cache
+def __getattr__(name: str) -> dict[str, Variant]:
+    """VARIANTS `{name: Variant}`, made when it is first asked for."""
+    if name != "VARIANTS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return {member: one for members in FAMILIES for member, one in family(members).items()}
+
+
+def family(name: str) -> dict[str, Variant]:
+    """The variants of one of FAMILIES, `{name: Variant}`."""
+    places = {member: place.split(":") for member, place in FAMILIES[name].items()}
+    return {member: getattr(import_module(module), constant) for member, (module, constant) in places.items()}
 
 
 def variant(name: str) -> Variant:
-    """The variant called `name`. Raises AttnError, with the names there are, if there is none."""
-    if name not in VARIANTS:
-        raise AttnError(f"variant must be one of {', '.join(VARIANTS)}, not {name!r}")
-    return VARIANTS[name]
+    """The variant called `name`. Raises UserError, with the names there are, if there is none."""
+    if name not in (known := __getattr__("VARIANTS")):
+        from attnlib.core import UserError
+
+        raise UserError(f"variant must be one of {', '.join(known)}, not {name!r}")
+    return known[name]

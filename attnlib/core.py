@@ -1,42 +1,23 @@
-"""The vocabulary: a shape, a variant, the symbols of its formulas, and the oracle that defines correctness."""
+"""The vocabulary: a shape, a machine, an error for the user, and the oracle that defines correctness."""
 
+from __future__ import annotations
+
+import importlib.util
 import math
 import numbers
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from typing import Any, TypeAlias
 
-import sympy
+import numpy as np
 import torch
 
-# B batch, H heads, N sequence length, D head dimension, e bytes per element; c is 1 with a causal mask and 0 without;
-# g is 1 on a CUDA GPU and 0 on the CPU, whose kernels take other workspaces; h is 1 for bfloat16 and float16, which
-# some steps convert to float32, and 0 for float32; t is the number of CPU threads, m of a GPU's multiprocessors.
-B, H, N, D, e = SYMBOLS = sympy.symbols("B H N D e", positive=True, integer=True)
-c, g, h = SWITCHES = sympy.symbols("c g h", nonnegative=True, integer=True)
-t, m = UNITS = sympy.symbols("t m", positive=True, integer=True)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-ACCOUNTS = ("saved", "forward_peak", "backward_peak")
-
-Terms = dict[str, sympy.Expr]  # {name: formula in bytes}
+HALF = ("bfloat16", "float16")
+PHASES = ("forward", "backward")
 
 
-@cache
-def compiled(expression: sympy.Expr) -> Callable[..., int]:
-    """A formula in the symbols above as a function of their values, in the order B, H, N, D, e, c, g, h, t, m."""
-    return sympy.lambdify((*SYMBOLS, *SWITCHES, *UNITS), expression, "math")
-
-
-@cache
-def multiprocessors(device: str) -> int:
-    """A GPU's number of multiprocessors; where there is none to ask, that of the H100 and H200, 132."""
-    there = device != "cpu" and torch.cuda.is_available()
-    return torch.cuda.get_device_properties(device).multi_processor_count if there else 132
-
-
-class AttnError(Exception):
+class UserError(Exception):
     """Something the user can mend: its text is one clear line, shown without a traceback by the commands."""
 
 
@@ -44,7 +25,7 @@ class AttnError(Exception):
 class Shape:
     """The size of one attention call: q, k, v and o are `[batch, heads, seq_len, head_dim]` of `dtype`.
 
-    Raises AttnError for a size that is not a positive integer, an unknown dtype, or a `causal` that is not a bool.
+    Raises UserError for a size that is not a positive integer, an unknown dtype, or a `causal` that is not a bool.
     """
 
     batch: int
@@ -54,16 +35,17 @@ class Shape:
     dtype: str = "float32"
     causal: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("batch", "heads", "seq_len", "head_dim"):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
-                raise AttnError(f"{name} must be a positive integer, not {size!r}")
+                raise UserError(f"{name} must be a positive integer, not {size!r}")
             object.__setattr__(self, name, int(size))
         if self.dtype not in DTYPES:
-            raise AttnError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if not isinstance(self.causal, bool):
-            raise AttnError(f"causal must be True or False, not {self.causal!r}")
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if not isinstance(self.causal, (bool, np.bool_)):
+            raise UserError(f"causal must be True or False, not {self.causal!r}")
+        object.__setattr__(self, "causal", bool(self.causal))
 
     @property
     def element_size(self) -> int:
@@ -75,76 +57,116 @@ class Shape:
         """Bytes of q, k and v together."""
         return 3 * self.batch * self.heads * self.seq_len * self.head_dim * self.element_size
 
-    def inputs(self, device="cpu", seed=0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def inputs(self, device: str | torch.device = "cpu", seed: int = 0) -> tuple[torch.Tensor, ...]:
         """q, k, v `[B, H, N, D]` from a standard normal distribution, requiring gradients; without data on "meta"."""
-        generator = torch.Generator("cpu" if device == "meta" else device).manual_seed(seed)
+        device = torch.device(device)
+        generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
         size = (self.batch, self.heads, self.seq_len, self.head_dim)
-        draw = lambda: torch.randn(size, dtype=DTYPES[self.dtype], device=device, generator=generator)  # noqa: E731
-        return tuple(draw().requires_grad_() for _ in range(3))
+        kind = {"dtype": DTYPES[self.dtype], "device": device, "generator": generator}
+        return tuple(torch.randn(size, **kind).requires_grad_() for _ in range(3))
 
-    def evaluate(self, expression, device: str = "cpu") -> int:
-        """The value of a formula in the symbols above at this shape on this device, an exact integer."""
-        sizes = (self.batch, self.heads, self.seq_len, self.head_dim, self.element_size)
-        switches = (int(self.causal), int(device != "cpu"), int(self.dtype != "float32"))
-        units = (torch.get_num_threads(), multiprocessors(device))
-        return int(compiled(sympy.sympify(expression))(*sizes, *switches, *units))
-
-    def columns(self) -> dict:
+    def columns(self) -> dict[str, Any]:
         """The columns that name this shape in every table."""
         return asdict(self)
 
 
+@cache
+def packages_here() -> tuple[str, ...]:
+    """The packages with attention kernels that this Python has, of those that variants ask for: flash-attn-4."""
+    there = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+    return ("flash-attn-4",) if there else ()
+
+
+@cache
+def gpu_here(index: int | None) -> dict[str, Any]:
+    """`name, multiprocessors, compute_capability` of a GPU of this computer, empty if it is not there."""
+    if not torch.cuda.is_available() or (index or 0) >= torch.cuda.device_count():
+        return {}
+    found = torch.cuda.get_device_properties(index or 0)
+    facts = {"name": found.name, "multiprocessors": found.multi_processor_count}
+    return facts | {"compute_capability": f"{found.major}.{found.minor}"}
+
+
 @dataclass(frozen=True)
-class Phases:
-    """One formula for the forward pass and one for the backward pass, in the symbols above."""
+class Machine:
+    """A device as it was, with what ran on it: what data/<device>/machine.json holds. Laws, `needs`, floors and replays
+    ask it, never the computer they run on.
 
-    forward: sympy.Expr
-    backward: sympy.Expr
-
-
-@dataclass(frozen=True)
-class Law:
-    """Bytes above the inputs, as named terms `{name: formula}`, at every shape.
-
-    saved: alive between forward and backward, the output included. forward_peak and backward_peak: `{operation:
-    terms}`, the moments at which that phase can hold the most, the backward one with the upstream gradient. Which of
-    them does depends on the sizes (the score matrices decide where N exceeds D, the linear tensors where it does not),
-    so that the peak is the largest of these sums. hidden: `{operation: bytes}` that its kernel takes for itself while
-    it runs, which no ledger can see and each is told; they are among the terms of the peaks.
+    The defaults of a GPU are those of an H100: they stand for a GPU that nothing is known of.
     """
 
-    saved: Terms
-    forward_peak: dict[str, Terms]
-    backward_peak: dict[str, Terms]
-    hidden: Terms = field(default_factory=dict)
+    kind: str  # "cpu" or "cuda"
+    name: str = ""  # as the maker calls it
+    threads: int = 1  # of PyTorch on the CPU
+    multiprocessors: int = 132  # of a GPU
+    compute_capability: str = "9.0"  # of a GPU
+    packages: tuple[str, ...] = ()  # with kernels of their own that were installed
+    machine: str = ""  # a digest of all facts and of the host's name: rows of the same digest may stand in one file
+    slug: str = ""  # the folder of its data
+    date: str = ""  # on which it was described
+    torch: str = ""
+    python: str = ""
+    triton: str = ""
+    cuda: str = ""
+    cudnn: int = 0
+    memory_bytes: int = 0
+    l2_bytes: int = 0
+    ceilings: dict = field(default_factory=dict, compare=False)  # see timing.machine.ceilings
 
-    def moments(self, account: str) -> dict[str, Terms]:
-        """The candidates for `account`, one of ACCOUNTS: `{operation: terms}`."""
-        return {"between the phases": self.saved} if account == "saved" else getattr(self, account)
+    @classmethod
+    def of(cls, device: Device) -> Machine:
+        """The machine behind a device of this computer, as far as laws ask; a Machine is returned as it is.
 
-    def at(self, account: str, shape: Shape, device: str = "cpu") -> tuple[str, dict[str, int]]:
-        """The operation at which `account` is reached, and what is alive then, `{term: bytes}`, without empty terms."""
+        A GPU that is not there is taken for an H100. Raises UserError for what is neither a CPU nor a CUDA GPU.
+        """
+        if isinstance(device, Machine):
+            return device
+        try:
+            found = torch.device(device)
+        except (RuntimeError, TypeError):
+            found = torch.device("meta")
+        if found.type == "cpu":
+            return cls("cpu", threads=torch.get_num_threads())
+        if found.type != "cuda":
+            raise UserError(f"device must be cpu, cuda or cuda:<index>, not {str(device)!r}")
+        return cls("cuda", threads=torch.get_num_threads(), packages=packages_here(), **gpu_here(found.index))
 
-        def total(moment):
-            return shape.evaluate(sum(moment[1].values()), device)
+    @classmethod
+    def from_facts(cls, facts: dict) -> Machine:
+        """From a record of machine.json, whatever else stands there and whatever an older one lacks."""
+        known = {name: facts[name] for name in (one.name for one in fields(cls)) if name in facts}
+        return cls(**known | {"packages": tuple(known.get("packages", ()))})
 
-        operation, terms = max(self.moments(account).items(), key=total)
-        sizes = {name: shape.evaluate(formula, device) for name, formula in terms.items()}
-        return operation, {name: nbytes for name, nbytes in sizes.items() if nbytes}
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is a CPU; else it is a CUDA GPU."""
+        return self.kind == "cpu"
 
-    def bytes(self, account: str, shape: Shape, device: str = "cpu") -> int:
-        """The bytes of `account`, one of ACCOUNTS, at `shape`."""
-        return max(shape.evaluate(sum(terms.values()), device) for terms in self.moments(account).values())
+    @property
+    def capability(self) -> tuple[int, ...]:
+        """The compute capability as numbers, (9, 0)."""
+        return tuple(int(part) for part in self.compute_capability.split("."))
 
 
-def useful_flops(shape: Shape, phase: str) -> int:
-    """The floating-point operations that attention is worth, by the convention of FlashAttention's benchmarks.
+Device: TypeAlias = Machine | torch.device | str  # what functions about a device take; see Machine.of
 
-    Two products over the pairs that are seen in the "forward" phase, five in "backward", where a fused kernel computes
-    QKᵀ again; a multiply-add is two. With a causal mask N(N + 1)/2 pairs are seen, else N².
-    """
-    pairs = shape.seq_len * (shape.seq_len + 1) // 2 if shape.causal else shape.seq_len**2
-    return {"forward": 4, "backward": 10}[phase] * shape.batch * shape.heads * shape.head_dim * pairs
+
+def needs_dtype(shape: Shape, machine: Device) -> str | None:
+    """The reason why a machine lacks the shape's dtype, or None."""
+    machine = Machine.of(machine)
+    if shape.dtype == "bfloat16" and not machine.is_cpu and machine.capability < (8, 0):
+        return f"{machine.name or 'this GPU'} has no bfloat16 arithmetic (needs compute capability 8.0)"
+    return None
+
+
+def needs_cuda(shape: Shape, machine: Device, dtypes: tuple, capability: tuple[int, int], kernel: str) -> str | None:
+    """The reason why a `kernel` cannot run there, by device, compute capability and dtype, or None."""
+    machine = Machine.of(machine)
+    if machine.is_cpu:
+        return f"{kernel} needs a CUDA GPU"
+    if machine.capability < capability:
+        return f"{kernel} needs compute capability {capability[0]}.{capability[1]}"
+    return None if shape.dtype in dtypes else f"{kernel} takes {' and '.join(dtypes)}, not {shape.dtype}"
 
 
 def dense_reach(shape: Shape) -> torch.Tensor:
@@ -153,48 +175,7 @@ def dense_reach(shape: Shape) -> torch.Tensor:
     return ones.tril() if shape.causal else ones
 
 
-def older_than(capability: tuple[int, int], device: torch.device) -> bool:
-    """Whether `device` is a GPU of a lower compute capability; a GPU that is not there is taken for a new one."""
-    there = device.type == "cuda" and torch.cuda.is_available()
-    return there and torch.cuda.get_device_capability(device) < capability
-
-
-def needs_dtype(shape: Shape, device: torch.device) -> str | None:
-    """The reason why `device` lacks the shape's dtype, or None."""
-    device = torch.device(device)
-    if shape.dtype == "bfloat16" and older_than((8, 0), device):
-        return f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic (needs compute capability 8.0)"
-    return None
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compute attention, with all that is known about it before it runs.
-
-    name: the word used everywhere. fn: `(q, k, v, *, causal) -> o`, all `[B, H, N, D]`. reach: `(shape) -> [N, N]` or
-    `[H, N, N]`, how many times query i sees key j. law: its memory, None where that depends on what PyTorch picks.
-    flops: floating-point operations of its matrix products (a multiply-add is two). traffic: bytes its operations read
-    and write, each operand once per operation, None where only the ledger counts them. needs: `(shape, device) ->
-    None`, or the reason why it cannot run there. traced: `(q, k, v, *, causal, device) -> o`, what the ledger runs in
-    its place where fn leaves the choice of an operator to the tensors' device, and tensors without data have none.
-    ledgered: whether a ledger can run it. inputs: `(shape, device) -> tensors`, what fn takes, the first of o's shape.
-    inner: the attention inside, where fn is more than that.
-    """
-
-    name: str
-    fn: Callable
-    law: Law | None
-    flops: Phases
-    traffic: Phases | None = None
-    reach: Callable = dense_reach
-    needs: Callable = needs_dtype
-    traced: Callable | None = None
-    ledgered: bool = True
-    inputs: Callable = Shape.inputs
-    inner: "Variant | None" = None
-
-
-def oracle(q, k, v, reach):
+def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     """Attention in float64, the definition every variant is tested against: softmax(q kᵀ/√D + log reach) v.
 
     q, k, v: `[B, H, N, D]`, any dtype; reach: `[N, N]` or `[H, N, N]`, how many times query i sees key j. Returns o

@@ -1,6 +1,6 @@
 """Runs the notebooks on a device and turns them into build/<device>/report.html and report.pdf.
 
-`python report/build.py measure` runs everything on this machine, `replay --device nvidia-h200` rebuilds the report from
+`python -m report.build measure` runs everything on this machine, `replay --device nvidia-h200` rebuilds the report from
 committed data. The Makefile's targets `report` and `replay` call it.
 """
 
@@ -14,22 +14,22 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
+import pandas as pd
+import papermill
+import torch
+from nbclient.exceptions import DeadKernelError
+from nbconvert.exporters import MarkdownExporter
+from nbconvert.preprocessors import Preprocessor, TagRemovePreprocessor
+from traitlets.config import Config
+
+from attnlib.core import Machine, UserError
+from attnlib.timing.machine import describe, resolve
+from attnlib.timing.worker import Worker, WorkerDied
+from report import stored
+from report.run import CLAIM, PROFILES, profile, write
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import nbformat  # noqa: E402
-import papermill  # noqa: E402
-import torch  # noqa: E402
-from nbclient.exceptions import DeadKernelError  # noqa: E402
-from nbconvert.exporters import MarkdownExporter  # noqa: E402
-from nbconvert.preprocessors import Preprocessor, TagRemovePreprocessor  # noqa: E402
-from traitlets.config import Config  # noqa: E402
-
-from attnlib import device as dev  # noqa: E402
-from attnlib import results, stored  # noqa: E402
-from attnlib.core import AttnError  # noqa: E402
-from attnlib.sweep import Worker, WorkerDied  # noqa: E402
-
 HERE = ROOT / "report"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
@@ -37,31 +37,45 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 def execute(notebook: Path, target: Path, parameters: dict):
     """Run a notebook into `target`, which appears only if every cell succeeded.
 
-    Raises AttnError with the failing cell's last line, or if the kernel died.
+    Raises UserError with the failing cell's last line, or if the kernel died.
     """
     draft = target.with_suffix(".partial.ipynb")
+    how = {"kernel_name": "python3", "cwd": notebook.parent, "progress_bar": False, "stderr_file": sys.stderr}
+    how["config"] = Config({"KernelManager": {"transport_encryption": "auto"}})  # or each kernel prints a warning
     try:
-        papermill.execute_notebook(
-            notebook,
-            draft,
-            parameters=parameters,
-            kernel_name="python3",
-            cwd=notebook.parent,
-            progress_bar=False,
-            stderr_file=sys.stderr,
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # or each kernel prints a warning
-        )
+        papermill.execute_notebook(notebook, draft, parameters=parameters, **how)
     except papermill.PapermillExecutionError as error:
-        raise AttnError(
+        raise UserError(
             f"{notebook.name} failed: {error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''}"
         ) from error
     except DeadKernelError as error:
-        raise AttnError(f"{notebook.name} failed: its kernel died") from error
+        raise UserError(f"{notebook.name} failed: its kernel died") from error
     draft.rename(target)
 
 
+def claims_of(notebook: Path) -> list[dict]:
+    """The claims that an executed notebook put to the test, as its outputs hold them."""
+    cells = nbformat.read(notebook, 4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    return [output.data[CLAIM] for output in outputs if CLAIM in output.get("data", {})]
+
+
+def check_claims(out: Path, folder: str):
+    """Write the claims of all executed notebooks to data/<folder>/claims.csv. Raises UserError if one does not hold."""
+    found = [
+        {"notebook": notebook.stem, **claim}
+        for notebook in sorted((out / "notebooks").glob("[0-9]*.ipynb"))
+        for claim in claims_of(notebook)
+    ]
+    columns = ["notebook", "claim", "predicted", "measured", "holds"]
+    write(ROOT / "data" / folder / "claims.csv", pd.DataFrame(found, columns=columns).to_csv(index=False))
+    if failed := [f"{claim['claim']} ({claim['notebook']})" for claim in found if not claim["holds"]]:
+        raise UserError(f"{len(failed)} claim(s) do not hold: {'; '.join(failed)}")
+
+
 class Cells(Preprocessor):
-    """Takes label and caption out of a cell's `#| key: "value"` comments, and stderr out of its outputs."""
+    """Takes label and caption out of a cell's `#| key: "value"` comments, and stderr out of its outputs; claims that
+    follow each other become lines of one text."""
 
     def preprocess_cell(self, cell, resources, index):
         """One cell at a time, as nbconvert calls it."""
@@ -73,8 +87,21 @@ class Cells(Preprocessor):
                 name, value = line.removeprefix("#|").split(":", 1)
                 cell.metadata[name.strip()] = value.strip().strip('"')
             cell.source = "\n".join(line for line in lines if line not in options).strip()
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = self.joined([output for output in cell.outputs if output.get("name") != "stderr"])
         return cell, resources
+
+    def joined(self, outputs):
+        """Outputs with claims and prints that follow each other in one."""
+        found = []
+        for output in outputs:
+            if CLAIM in output.get("data", {}):
+                text = output.data["text/plain"] + "\n"
+                output = nbformat.v4.new_output("stream", name="stdout", text=text)
+            if output.output_type == "stream" and found and found[-1].output_type == "stream":
+                found[-1].text += output.text
+            else:
+                found.append(output)
+        return found
 
 
 def markdown(notebooks: list[Path], folder: Path) -> str:
@@ -84,13 +111,12 @@ def markdown(notebooks: list[Path], folder: Path) -> str:
         remove_input_tags=["remove-input"],
         remove_all_outputs_tags=["remove-output"],
     )
+    paths = [str(HERE / "markdown"), *MarkdownExporter().template_paths]
+    exporter = MarkdownExporter(template_name="markdown", template_paths=paths)
+    exporter.register_preprocessor(Cells(), enabled=True)
+    exporter.register_preprocessor(tags, enabled=True)
     texts = []
     for notebook in notebooks:
-        exporter = MarkdownExporter(
-            template_name="markdown", template_paths=[str(HERE / "markdown"), *MarkdownExporter().template_paths]
-        )
-        exporter.register_preprocessor(Cells(), enabled=True)
-        exporter.register_preprocessor(tags, enabled=True)
         text, resources = exporter.from_notebook_node(
             nbformat.read(notebook, 4), {"unique_key": notebook.stem, "output_files_dir": "."}
         )
@@ -100,7 +126,7 @@ def markdown(notebooks: list[Path], folder: Path) -> str:
     return "\n\n".join(texts)
 
 
-def export(out: Path, machine: dict):
+def export(out: Path, machine: Machine):
     """build/<device>/report.html and report.pdf from the executed notebooks; both appear, or neither does."""
     import pypandoc
     import typst
@@ -112,46 +138,42 @@ def export(out: Path, machine: dict):
     about = {
         "title": "The cost of attention",
         "subtitle": "Measured, predicted, and explained",
-        "device": machine["name"],
-        "versions": f"PyTorch {machine['torch']}, Python {machine['python']}",
-        "date": machine["date"],
+        "device": machine.name,
+        "versions": f"PyTorch {machine.torch}, Python {machine.python}",
+        "date": machine.date,
         "lang": "en",
     }
     (work / "about.json").write_text(json.dumps(about))
     for to in ("html", "typst"):
-        options = ["--mathml", "--embed-resources", f"--css={HERE / 'style.css'}"] if to == "html" else []
-        command = [
-            *(pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"),
-            *(
-                f"--template={HERE / f'template.{to}'}",
-                f"--lua-filter={HERE / 'filter.lua'}",
-                "--metadata-file=about.json",
-            ),
-            *("--standalone", "--toc", "--toc-depth=2", "--number-sections", "--fail-if-warnings"),
-            *(f"--resource-path=.:{HERE}", *options),
-        ]
+        command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]
+        command += [f"--template={HERE / f'template.{to}'}", f"--lua-filter={HERE / 'filter.lua'}"]
+        command += ["--metadata-file=about.json", f"--resource-path=.:{HERE}", "--standalone", "--fail-if-warnings"]
+        command += ["--toc", "--toc-depth=2", "--number-sections"]
+        if to == "html":
+            command += ["--mathml", "--embed-resources", f"--css={HERE / 'style.css'}"]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True)
         if done.returncode:
-            raise AttnError(f"pandoc could not make the {to}: {done.stderr.strip()}")
+            raise UserError(f"pandoc could not make the {to}: {done.stderr.strip()}")
     typst.compile(work / "report.typst", output=work / "report.pdf", ignore_system_fonts=True)
     for name in ("report.html", "report.pdf"):
         os.replace(work / name, out / name)
     shutil.rmtree(work)
 
 
-def build(folder: str, machine: dict, parameters: dict, only: str = ""):
+def build(folder: str, machine: Machine, parameters: dict, only: str = ""):
     """Execute every notebook and export the report to build/<folder>/. A report of an earlier run is removed first.
 
-    only: the number of the one notebook that measures ("02"); the others are rebuilt from their data. Raises AttnError
-    for a number that no notebook has or a parameter that a notebook does not declare, before anything is touched.
+    only: the number of the one notebook that measures ("02"); the others are rebuilt from their data. Raises UserError
+    for a number that no notebook has or a parameter that a notebook does not declare, before anything is touched; then
+    for a notebook that fails, or a claim that does not hold.
     """
     if only:
         if not any(notebook.name.startswith(f"{only}_") for notebook in NOTEBOOKS):
-            raise AttnError(f"no notebook has the number {only!r}")
+            raise UserError(f"no notebook has the number {only!r}")
         stored.machine_of(folder)  # what is not measured must be there to be rebuilt
     for notebook in NOTEBOOKS:
         if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(notebook))):
-            raise AttnError(f"{notebook.name} has no parameter {', '.join(unknown)}")
+            raise UserError(f"{notebook.name} has no parameter {', '.join(unknown)}")
     out = ROOT / "build" / folder
     for name in ("report.html", "report.pdf"):
         (out / name).unlink(missing_ok=True)
@@ -159,10 +181,11 @@ def build(folder: str, machine: dict, parameters: dict, only: str = ""):
     (out / "notebooks").mkdir(parents=True)
     for notebook in NOTEBOOKS:
         begun = time.monotonic()
-        print(f"{notebook.name} on {machine['name']} ...", flush=True)
+        print(f"{notebook.name} on {machine.name} ...", flush=True)
         replayed = {"device": folder, "replay": True} if only and not notebook.name.startswith(f"{only}_") else {}
         execute(notebook, out / "notebooks" / notebook.name, parameters | replayed)
         print(f"{notebook.name} done in {time.monotonic() - begun:.0f} s", flush=True)
+    check_claims(out, folder)
     if missing := [name for name in ("pypandoc", "typst") if not importlib.util.find_spec(name)]:
         print(f"measured, not exported: this Python lacks {', '.join(missing)}; elsewhere: make replay DEVICE={folder}")
         return
@@ -172,13 +195,13 @@ def build(folder: str, machine: dict, parameters: dict, only: str = ""):
 
 
 def each_gpu() -> list[str]:
-    """The first GPU of each model in this machine. Raises AttnError if there is none."""
+    """The first GPU of each model in this machine. Raises UserError if there is none."""
     models = {}
     for index in range(torch.cuda.device_count()):
         with Worker() as worker:
-            models.setdefault(worker.call(dev.describe, f"cuda:{index}")["name"], f"cuda:{index}")
+            models.setdefault(worker.call(describe, f"cuda:{index}").name, f"cuda:{index}")
     if not models:
-        raise AttnError("DEVICE=all measures every GPU model, and torch sees no GPU")
+        raise UserError("DEVICE=all measures every GPU model, and torch sees no GPU")
     return list(models.values())
 
 
@@ -187,32 +210,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("measure", "replay"))
     parser.add_argument("--device", default="auto", help="auto, all, cpu, cuda, cuda:1; for replay a folder of data/")
-    parser.add_argument("--profile", default="full", help=" or ".join(results.PROFILES))
+    parser.add_argument("--profile", default="full", help=" or ".join(PROFILES))
     parser.add_argument("--only", default="", metavar="NN", help="measure this notebook, rebuild the others from data")
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="notebook parameter"
-    )
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for kernels
     os.environ.setdefault("ATTNLIB_PROGRESS", "bar" if sys.stderr.isatty() else "lines")
     try:
-        profile, given = results.profile(options.profile), dict(options.p)
-        if reserved := sorted({"device", "profile", "replay"} & set(given)):
-            raise AttnError(f"{', '.join(reserved)} cannot be set by -p: use --device, --profile or the command replay")
+        asked = profile(options.profile)
         if options.command == "replay":
             if options.only:
-                raise AttnError("--only says what to measure, and a replay measures nothing")
+                raise UserError("--only says what to measure, and a replay measures nothing")
             folder, machine = options.device, stored.machine_of(options.device)
-            measured = next(name for name, p in reversed(results.PROFILES.items()) if folder.endswith(p.suffix))
-            parameters = {**given, "device": folder, "profile": measured, "replay": True}
-            build(folder, machine, parameters)
+            measured = next(name for name, p in reversed(PROFILES.items()) if folder.endswith(p.suffix))
+            build(folder, machine, {"device": folder, "profile": measured, "replay": True})
             return 0
-        for device in each_gpu() if options.device == "all" else [dev.resolve(options.device)]:
+        for device in each_gpu() if options.device == "all" else [resolve(options.device)]:
             with Worker() as worker:
-                machine = worker.call(dev.describe, device)
-            parameters = {**given, "device": device, "profile": options.profile}
-            build(machine["slug"] + profile.suffix, machine, parameters, options.only)
-    except (AttnError, WorkerDied, OSError) as error:
+                machine = worker.call(describe, device)
+            parameters = {"device": device, "profile": options.profile}
+            build(machine.slug + asked.suffix, machine, parameters, options.only)
+    except (UserError, WorkerDied, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

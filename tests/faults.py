@@ -1,31 +1,41 @@
-"""Variants that misbehave, importable by the worker process."""
+"""Variants and jobs that misbehave, importable by a worker process."""
 
 import ctypes
-import dataclasses
 import os
 import time
+from dataclasses import replace
 
-from attnlib import VARIANTS
-from attnlib.naive import naive
+from attnlib.core import UserError
+from attnlib.variants.naive import NAIVE, naive
 
 
 def quick(q, k, v, *, causal=False):
+    """Attention that behaves."""
     return naive(q, k, v, causal=causal)
 
 
 def segfault(q, k, v, *, causal=False):
+    """The process is gone."""
     ctypes.string_at(0)
 
 
 def hang(q, k, v, *, causal=False):
+    """No answer."""
     time.sleep(3600)
 
 
 def fail(q, k, v, *, causal=False):
+    """A bug."""
     raise ValueError("a bug\nof two lines")
 
 
-def refuse(shape, device):
+def misaligned(q, k, v, *, causal=False):
+    """A bug whose text speaks of allocation, and not of memory that ran out."""
+    raise RuntimeError("misaligned allocation")
+
+
+def refuse(shape, machine):
+    """A reason why a variant cannot run."""
     return "cannot run here"
 
 
@@ -37,6 +47,37 @@ def die_once(path):
     return "alive"
 
 
+def die(*_):
+    """End this process, always."""
+    os._exit(1)
+
+
+def whose(*_):
+    """A row that names the process it was made in."""
+    return {"process": os.getpid()}
+
+
 def variant(fn, **changes):
     """`naive` with another function and the function's name."""
-    return dataclasses.replace(VARIANTS["naive"], **{"name": fn.__name__, "fn": fn} | changes)
+    return replace(NAIVE, **{"name": fn.__name__, "fn": fn} | changes)
+
+
+def slowly(row):
+    """The row, after a moment."""
+    time.sleep(0.003)
+    return row
+
+
+def numbered(at):
+    """A row with a number and the process that it was made in."""
+    return {"number": at, "process": os.getpid()}
+
+
+def refuse_input(*_):
+    """What the user can mend."""
+    raise UserError("bad input")
+
+
+def some_ceilings(device):
+    """Ceilings that nobody waited for."""
+    return {"launch_us": 1.0, "copy_gb_s": {1024: 1.0}, "clone_gb_s": {1024: 1.0}, "gemm_tflop_s": {"float32": 1.0}}

@@ -1,18 +1,15 @@
-"""The block around an attention variant, and the runs that alternate."""
+"""The block around an attention variant: what it computes, and that all that measures a variant takes a block."""
 
-import os
-import time
-from dataclasses import replace
-
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from attnlib import VARIANTS, crossover
-from attnlib.block import block, block_inputs, in_block
-from attnlib.core import AttnError, Shape
-from attnlib.measure import measure
+from attnlib import VARIANTS
+from attnlib.core import Shape
+from attnlib.memory.allocator import account, observe
+from attnlib.memory.check import observed
+from attnlib.timing.measure import measure
+from attnlib.timing.race import batch, passes
+from attnlib.variants.block import block_inputs, in_block, transformer_block
 
 
 def test_the_block_is_what_torch_calls_attention_with_a_residual_and_a_norm():
@@ -23,7 +20,7 @@ def test_the_block_is_what_torch_calls_attention_with_a_residual_and_a_norm():
     attention.load_state_dict({"in_proj_weight": qkv_weight, "out_proj.weight": out_weight})
     hidden = x.flatten(2)
     expected = torch.nn.LayerNorm(12)(hidden + attention(hidden, hidden, hidden, need_weights=False)[0])
-    found = block(VARIANTS["naive"].fn, x, qkv_weight, out_weight, gain, bias)
+    found = transformer_block(VARIANTS["naive"].fn, x, qkv_weight, out_weight, gain, bias)
     torch.testing.assert_close(found.flatten(2), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -40,83 +37,32 @@ def test_every_variant_gives_the_same_block(name, causal):
 
 
 def test_a_block_is_measured_like_a_variant(device):
-    row = measure(in_block(VARIANTS["sdpa_flash"]), Shape(2, 2, 64, 16, "bfloat16"), device, budget_s=0.1)
+    """Its row names the kernel of the attention alone, not a projection's."""
+    row = measure(in_block(VARIANTS["sdpa_flash"]), Shape(1, 4, 256, 64, "bfloat16"), device, budget_s=0.05)
     assert row["status"] == "ok" and row["variant"] == "sdpa_flash" and row["forward_backward_ms"] > 0
+    assert ("flash_fwd" if device == "cuda" else "flash_attention_for_cpu") in row["kernel"]
 
 
-def sleeper(name, seconds):
-    def sleep(q, k, v, *, causal):
-        time.sleep(seconds)
-        return q + k + v
-
-    return replace(VARIANTS["naive"], name=name, fn=sleep)
-
-
-def sleep_duel(first, second, phase, budget_s):
-    shape = Shape(1, 1, 4, 4)
-    entries = [(first, shape), (second, shape)]
-    times = [crossover.batch(entries, "cpu", phase, seed, budget_s) for seed in range(crossover.BATCHES)]
-    return crossover.duel(first, second, shape, phase, times)
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_block_races_like_a_variant(phase, device):
+    """`passes` takes the variant's own inputs, of which a block has five, and gives a gradient for each."""
+    block, shape = in_block(VARIANTS["naive"]), Shape(1, 2, 16, 8)
+    found = passes(block, shape, device, phase, 0)()
+    assert len(found) == (1 if phase == "forward" else 5)
+    assert batch([(block, shape), (VARIANTS["naive"], shape)], device, phase, 0, 0.01).shape[1] == 2
 
 
-def test_a_duel_finds_who_is_slower_and_by_how_much():
-    row = sleep_duel(sleeper("slow", 0.004), sleeper("fast", 0.002), "forward", 0.1)
-    assert 1.5 < row["low"] <= row["ratio"] <= row["high"] < 2.5
-    assert row["first"] == "slow" and row["rounds"] >= 5 * crossover.BATCHES
+def test_the_memory_of_a_block_is_more_than_that_of_its_attention(device):
+    """The allocator sees it like any variant; it also keeps the projections and what the norm needs."""
+    shape, seen = Shape(1, 2, 64, 8), []
+    for variant in (VARIANTS["naive"], in_block(VARIANTS["naive"])):
+        inputs = variant.inputs(shape, device)
+        observe(variant, *inputs, causal=False, backward=True)  # makes the libraries' workspaces
+        seen.append(account(variant, *inputs, causal=False, backward=True))
+    assert all(seen[0][f"{which}_bytes"] < seen[1][f"{which}_bytes"] for which in ("saved", "backward_peak"))
 
 
-def test_a_phase_that_is_none_is_refused():
-    with pytest.raises(AttnError, match="phase must be forward or backward, not 'Forward'"):
-        crossover.passes(VARIANTS["naive"], Shape(1, 1, 4, 4), "cpu", "Forward", 0)
-
-
-def test_equals_are_not_told_apart():
-    row = sleep_duel(sleeper("one", 0.002), sleeper("other", 0.002), "backward", 0.04)
-    assert row["low"] < 1.1 and row["high"] > 0.9
-
-
-def process_of(entries, device, phase, seed, budget_s):
-    return np.full((5, 2), [os.getpid(), 1.0])
-
-
-def test_each_batch_of_a_duel_has_a_process_of_its_own(monkeypatch):
-    monkeypatch.setattr(crossover, "batch", process_of)
-    monkeypatch.setattr(crossover, "duel", lambda *pair: {"processes": [times[0, 0] for times in pair[-1]]})
-    pair = (VARIANTS["naive"], VARIANTS["sdpa_math"], Shape(1, 1, 16, 8), "forward")
-    one, same, two, _ = crossover.duels([pair] * 2, "cpu", 0.01)
-    assert one["processes"] == same["processes"] and [one["run"], two["run"]] == [1, 2]
-    assert len({*one["processes"], *two["processes"]}) == 2 * crossover.BATCHES
-
-
-def test_the_interval_covers_the_median_as_often_as_it_says():
-    """With batches that differ from each other, most of 40 intervals should cover the true ratio."""
-    draw = np.random.default_rng(3)
-    covered = 0
-    for seed in range(40):
-        batches = [1.2 + draw.normal(0, 0.02) + draw.normal(0, 0.05, size=20) for _ in range(crossover.BATCHES)]
-        low, high = crossover.interval(batches, seed)
-        covered += low <= 1.2 <= high
-    assert covered >= 34
-
-
-def test_a_win_counts_only_if_it_lasts():
-    lengths = [64, 128, 256, 512]
-    assert crossover.crossing(lengths, [1.1, 0.5, 2.0, 3.0]) == pytest.approx(128 * 2**0.5)
-    assert crossover.crossing(lengths, [0.5, 0.6, 0.7, 0.9]) == float("inf")
-    assert crossover.crossing(lengths, [1.1, 1.2, 1.3, 1.4]) == 64
-
-
-def test_crossings_lie_between_those_of_the_interval():
-    n = pd.Series([64, 128, 256, 512])
-    names = {"dtype": "float32", "head_dim": 8, "phase": "forward", "run": 1, "first": "naive", "second": "tiled"}
-    rows = pd.DataFrame({"seq_len": n, "ratio": n / 200, "low": n / 240, "high": n / 160}).assign(**names)
-    (cell,) = crossover.crossings(rows).to_dict("records")
-    assert (cell["low"], cell["seq_len"], cell["high"]) == pytest.approx((160, 200, 240))
-
-
-def test_a_race_holds_all_against_the_product_and_the_default():
-    rows = pd.DataFrame(crossover.race(Shape(1, 2, 128, 16), "cpu", "backward", ["sdpa_math", "sdpa_default"], 0.2))
-    default = rows.set_index("variant").loc["sdpa_default"]
-    assert default["of_default"] == default["of_default_low"] == 1
-    assert (rows["share"] > 0).all() and rows["gemm_ms"].nunique() == 1
-    assert set(crossover.RACE) <= set(rows)
+def test_a_block_is_observed_like_a_variant(device):
+    row = observed(in_block(VARIANTS["naive"]), Shape(1, 2, 64, 8), device)
+    assert row["variant"] == "naive" and row["saved_requested_bytes"] > 0
+    assert (row["saved_allocated_bytes"] is None) == (device == "cpu")

@@ -1,0 +1,152 @@
+"""Flash kernels as pairs of plain functions: forward with its log-sum-exp, backward from an output and a log-sum-exp.
+
+What torch.autograd hides is needed by name where attention is put together from parts. Tensors are `[b, h, n, D]`, any
+strides with D contiguous; a log-sum-exp is `[b, h, n]` in float32. Nothing random: dropout is 0."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnlib.core import HALF, Device, Machine, Shape, UserError, needs_cuda
+from attnlib.dilated.law import Workspace
+from attnlib.dilated.merging import packed
+from attnlib.dilated.views import MAX_GRID_AXIS
+from attnlib.variants import sdpa_laws as known
+
+aten = torch.ops.aten
+Tensors = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A flash kernel that can be called on parts of attention."""
+
+    name: str  # by which `dilated` is asked for it
+    forward: Callable[..., Tensors]  # (q, k, v, causal) -> o, lse
+    backward: Callable[..., Tensors]  # (do, q, k, v, o, lse, causal) -> dq, dk, dv
+    needs: Callable[[Shape, Machine], str | None]  # (shape, machine) -> None, or the reason why it cannot run there
+    workspace: Workspace | None  # its memory, None where that is not known on views
+
+
+def cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+
+
+def cpu_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool) -> Tensors:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse.contiguous(), 0.0, causal)
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+
+
+def flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool) -> Tensors:
+    # it copies do and o slowly unless contiguous as [b, n, h, D]: whole heads in segments are, as a batch of one head
+    b, h = q.shape[:2]
+    whole = b * h <= MAX_GRID_AXIS and all(x.transpose(0, 1).is_contiguous() for x in (do, q, k, v, o))
+    if whole:
+        do, q, k, v, o, lse = (x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in (do, q, k, v, o, lse))
+    do, o = packed(do, o)
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a generator that dropout 0 never asks
+    saved, lengths = (q, k, v, o, lse.contiguous()), (None, None, q.shape[2], k.shape[2])
+    grads = aten._scaled_dot_product_flash_attention_backward(do, *saved, *lengths, 0.0, causal, seed, seed[:0])
+    return [x.squeeze(1).unflatten(0, (h, b)).transpose(0, 1) for x in grads] if whole else grads
+
+
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
+    if q.shape[2] == 1:  # cuDNN refuses a single row
+        return flash_forward(q, k, v, causal)
+    o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)[:2]
+    return o, lse.reshape(o.shape[:3])
+
+
+def cudnn_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool) -> Tensors:
+    if q.shape[2] == 1:
+        return flash_backward(do, q, k, v, o, lse, causal)
+    seed, lengths = torch.zeros(2, dtype=torch.int64, device=q.device), (None, None, q.shape[2], k.shape[2])
+    saved = q, k, v, o, lse.contiguous().unsqueeze(-1)
+    return aten._scaled_dot_product_cudnn_attention_backward(do, *saved, *seed, None, *lengths, 0.0, causal)
+
+
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
+    o, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)[:2]
+    return o, lse[..., : q.shape[2]]
+
+
+def efficient_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool) -> Tensors:
+    padded = torch.nn.functional.pad(lse.contiguous(), (0, -lse.shape[-1] % 32), value=float("inf"))
+    how = *torch.zeros(2, dtype=torch.int64), 0.0, [True, True, True, False], causal
+    return aten._scaled_dot_product_efficient_attention_backward(do, q, k, v, None, o, padded, *how)[:3]
+
+
+def fa4_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
+    rows = (x.transpose(1, 2) for x in (q, k, v))
+    o, lse = known.fa4_interface()._flash_attn_fwd(*rows, causal=causal, return_lse=True)[:2]
+    return o.transpose(1, 2), lse
+
+
+def fa4_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool) -> Tensors:
+    rows = (x.transpose(1, 2) for x in (q, k, v, o, do))
+    grads = known.fa4_interface()._flash_attn_bwd(*rows, lse.contiguous(), causal=causal)[:3]
+    return [x.transpose(1, 2) for x in grads]
+
+
+def needs_cpu(shape: Shape, machine: Device) -> str | None:
+    """It runs on the CPU alone."""
+    return None if Machine.of(machine).is_cpu else "PyTorch's CPU kernel runs on the CPU alone"
+
+
+def needs_efficient_alone(shape: Shape, machine: Device) -> str | None:
+    """needs_efficient, and that no other kernel is better."""
+    half = "half types have better kernels than the efficient one" if shape.dtype != "float32" else None
+    return known.needs_efficient(shape, machine) or half
+
+
+def needs_flash_unpadded(shape: Shape, machine: Device) -> str | None:
+    """needs_flash, on CUDA, without PyTorch's padding of D."""
+    padded = "FlashAttention-2 takes head_dim in multiples of 8" if shape.head_dim % 8 else None
+    return needs_cuda(shape, machine, HALF, (8, 0), "FlashAttention-2") or known.needs_flash(shape, machine) or padded
+
+
+# 16 and 24 bytes: the state of a random generator that dropout 0 never asks
+FLASH_WORKSPACE = Workspace(known.PARTIAL + 24, sum(known.FLASH_TAKES.values()) + 16, copies=2)
+CUDNN_WORKSPACE = Workspace(known.ENGINE + 16, sum(known.CUDNN_TAKES.values()) + 16, one_row=FLASH_WORKSPACE)
+ALL_KERNELS = (
+    Kernel("cpu", cpu_forward, cpu_backward, needs_cpu, Workspace(known.TILES, known.TILES_BACKWARD, copies=1)),
+    Kernel("fa4", fa4_forward, fa4_backward, known.needs_fa4, Workspace(0, sum(known.FA4_TAKES.values()))),
+    Kernel("cudnn", cudnn_forward, cudnn_backward, known.needs_cudnn, CUDNN_WORKSPACE),
+    Kernel("flash", flash_forward, flash_backward, needs_flash_unpadded, FLASH_WORKSPACE),
+    Kernel("efficient", efficient_forward, efficient_backward, needs_efficient_alone, None),
+)
+KERNELS = {kernel.name: kernel for kernel in ALL_KERNELS}
+
+
+def kernel_called(name: Any) -> Kernel:
+    """One of KERNELS. Raises UserError for an unknown name."""
+    if not isinstance(name, str) or name not in KERNELS:
+        raise UserError(f"kernel must be one of {', '.join(KERNELS)}, not {name!r}")
+    return KERNELS[name]
+
+
+def chosen(name: str | None, shape: Shape, machine: Device) -> Kernel:
+    """The kernel called `name`, or the first of KERNELS that takes such a shape on the machine. Raises UserError for an
+    unknown name, or with the reason why a kernel asked for cannot run there."""
+    machine = Machine.of(machine)
+    asked = [*KERNELS.values()] if name is None else [kernel_called(name)]
+    reasons = [kernel.needs(shape, machine) for kernel in asked]
+    if None in reasons:
+        return asked[reasons.index(None)]
+    nothing = f"no flash kernel takes {shape.dtype} with head_dim {shape.head_dim} on {machine.kind}"
+    raise UserError(nothing if name is None else reasons[0])
+
+
+def workspace_of(name: str | None, shape: Shape, machine: Machine) -> Workspace:
+    """The memory of the kernel called `name`, wherever that may run, or of the one `chosen` for such a shape. Raises
+    UserError where there is none, or where its memory on views is not known."""
+    kernel = KERNELS[name] if name else chosen(None, shape, machine)
+    if kernel.workspace is None:
+        raise UserError(f"the memory of the {kernel.name} kernel on views is not known")
+    return kernel.workspace

@@ -1,0 +1,100 @@
+"""Will it fit? The largest sequence for a memory, from the laws, and what fills it."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+
+import sympy
+
+from attnlib.core import Device, Machine, Shape, UserError, dense_reach
+from attnlib.laws import B, D, H, N, Variant, bytes_needed, c, e, g, h, law_of
+
+MULTIPLES = {"B": 1} | {f"{p}{i}B": b**n for i, b in (("", 1000), ("i", 1024)) for n, p in enumerate("KMGTP", 1)}
+USES = {"inference": "forward", "training": "backward"}
+PEAKS = {"forward": ("forward_peak",), "backward": ("forward_peak", "backward_peak")}  # decide what fits by its end
+LONGEST = 10**12  # nobody's sequence; keeps the search finite
+M, LENGTH = sympy.symbols("M N", positive=True)  # bytes of memory; N as a number to be solved for
+
+
+def nbytes(text: str) -> int:
+    """The bytes that a text with a unit means: "24GiB" (2**30), "80GB" (10**9). Raises UserError without a number or a
+    unit, for nothing, and for more than 1 PiB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]i?B|B)\s*", text)
+    size = Fraction(match[1]) * MULTIPLES[match[2]] if match else 0
+    if not 1 <= size <= MULTIPLES["PiB"]:
+        raise UserError(f"memory must be a number with a unit, such as 24GiB or 80GB, up to 1PiB, not {text!r}")
+    return int(size)
+
+
+def at_length(shape: Shape, seq_len: int) -> Shape:
+    """The same shape with another sequence length."""
+    return replace(shape, seq_len=seq_len)
+
+
+def largest_seq_len(variant: Variant, shape: Shape, memory_bytes: int, phase: str, machine: Device) -> int:
+    """The largest N at which `bytes_needed` is at most `memory_bytes`, whatever N `shape` has; 0 if not even 1 fits."""
+    machine = Machine.of(machine)
+    needed = lambda n: bytes_needed(variant, at_length(shape, n), machine, phase)  # noqa: E731
+    return bisect_right(range(1, LONGEST), memory_bytes, key=needed)
+
+
+def solutions(variant: Variant, shape: Shape, phase: str, machine: Device) -> dict[str, sympy.Expr]:
+    """`{operation: N}` as a formula in M: the N at which the inputs and what is alive at that moment fill M bytes. The
+    largest N that fits is the smallest, rounded down. Only for laws whose terms are polynomials in N."""
+    values = {B: shape.batch, H: shape.heads, D: shape.head_dim, e: shape.element_size, N: LENGTH}
+    values |= {c: int(shape.causal), g: int(not Machine.of(machine).is_cpu), h: int(shape.dtype != "float32")}
+    found = {}
+    for operation, terms in (moment for peak in PEAKS[phase] for moment in variant.law.moments(peak).items()):
+        total = sympy.Add(3 * B * H * N * D * e, *terms.values()).subs(values)
+        found[operation] = max(sympy.solve(total - M, LENGTH), key=lambda root: root.subs(M, 2**60))
+    return found
+
+
+def contents(variant: Variant, shape: Shape, phase: str, machine: Device) -> tuple[str, dict[str, int]]:
+    """The operation at which most is needed, and what is alive then, `{term: bytes}`, the inputs first."""
+    moments = [variant.law.at(peak, shape, machine) for peak in PEAKS[phase]]
+    operation, terms = max(moments, key=lambda moment: sum(moment[1].values()))
+    return operation, {"q, k, v": shape.input_bytes, **terms}
+
+
+def options(shape: Shape, memory_bytes: int, machine: Device, variants: Mapping[str, Variant]) -> list[dict]:
+    """`variant, inference, training`: the largest N of each dense variant that has a law and takes such shapes. (What
+    is not dense looks at less in steps of N, so that it has no one largest N, and is no substitute for a dense one.)"""
+    machine, two = Machine.of(machine), at_length(shape, 2)
+    return [
+        {"variant": v.name} | {use: largest_seq_len(v, shape, memory_bytes, USES[use], machine) for use in USES}
+        for v in variants.values()
+        if v.reach is dense_reach and law_of(v, two, machine) and not v.needs(two, machine)
+    ]
+
+
+def explain(
+    variant: Variant, shape: Shape, memory_bytes: int, use: str, machine: Device, variants: Mapping[str, Variant]
+) -> str:
+    """What fits, in words and a table: the largest N, what fills the memory there, and who of `variants` gets further.
+
+    use: "inference" or "training". Inference is a forward pass that still records a graph; under torch.no_grad a little
+    more may fit. Raises UserError for a variant that has no law or no one largest N, or does not take such shapes.
+    """
+    machine, two, phase, name = Machine.of(machine), at_length(shape, 2), USES[use], variant.name
+    if not variant.law:
+        raise UserError(f"{name} has no law: what it needs depends on what runs underneath")
+    if variant.reach is not dense_reach:
+        raise UserError(f"{name} looks at less, in steps of N: a longer sequence can need less memory")
+    if reason := variant.needs(two, machine) or variant.law.unknown(two, machine):
+        raise UserError(f"{name} cannot run there: {reason}")
+    mask = ", causal" if shape.causal else ""
+    about = f"{name}, batch {shape.batch}, heads {shape.heads}, head_dim {shape.head_dim}, {shape.dtype}{mask}"
+    about = f"{about}, {use} on {machine.kind}, {memory_bytes / 2**30:,.4g} GiB for tensors"
+    if not (longest := largest_seq_len(variant, shape, memory_bytes, phase, machine)):
+        return f"{about}: not even N = 1 fits"
+    operation, terms = contents(variant, at_length(shape, longest), phase, machine)
+    total = sum(terms.values())
+    lines = [about, f"largest N: {longest:,}", f"what fills the memory there, at {operation}:"]
+    lines += [f"  {size / 2**20:12,.2f} MiB {size / total:6.1%}  {term}" for term, size in terms.items()]
+    lines += [f"  {total / 2**20:12,.2f} MiB         in all; N = {longest + 1:,} would need more than there is"]
+    best = max(options(shape, memory_bytes, machine, variants), key=lambda row: row[use])
+    further = f"take instead: {best['variant']}, largest N {best[use]:,}"
+    return "\n".join([*lines, further if best[use] > longest else "no other variant gets further"])

@@ -1,0 +1,107 @@
+"""Measuring one point: its memory as the allocator saw it, its times, and how it ended."""
+
+import gc
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+
+from attnlib.core import PHASES, Shape
+from attnlib.laws import Variant, bytes_needed, law_of
+from attnlib.memory.allocator import account
+from attnlib.rows import TIMED
+from attnlib.timing.clock import longest_kernel, statistics, time_passes
+from attnlib.timing.machine import memory_free, state
+
+# what PyTorch on the CPU, the CUDA driver, and the libraries above it say when memory ran out
+RAN_OUT = re.compile(
+    r"out of memory|not enough memory|can(?:'|no)t allocate memory|CU(?:BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED", re.I
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: PyTorch's own class or Python's, the driver's words, the CPU's."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(RAN_OUT.search(str(error)))
+
+
+def predicted_shortage(variant: Variant, shape: Shape) -> dict | None:
+    """On the CPU, where running out of memory would take the machine down: the phase whose law exceeds what is free."""
+    if not law_of(variant, shape):
+        return None
+    free = memory_free("cpu")
+    for phase in PHASES:
+        need = bytes_needed(variant, shape, "cpu", phase)
+        if need > free:
+            return {"phase": phase, "reason": f"predicted: {need / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free"}
+    return None
+
+
+def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", budget_s: float = 6.0) -> dict:
+    """Measure one point: memory from the allocator, then the time of forward, of backward, and of both together.
+
+    Each of the three is given a third of `budget_s` seconds. Backward gets a random upstream gradient and is timed with
+    the graph kept, through torch.autograd.grad, so that no gradient is accumulated. Returns the point's columns, the
+    figures that could be had, and `status`, `phase`, `reason`: running out of memory, or a variant that cannot run
+    there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel` is the name
+    of what ran longest in the attention: of a pinned backend, its kernel.
+    """
+    row = {"variant": variant.name, **shape.columns(), "status": "ok", "phase": "", "reason": ""}
+    on_gpu = torch.device(device).type == "cuda"
+    if reason := variant.needs(shape, device):
+        return {**row, "status": "unsupported", "reason": reason}
+    if not on_gpu and (shortage := predicted_shortage(variant, shape)):
+        return {**row, "status": "oom", **shortage}
+
+    def run(inputs: Sequence) -> torch.Tensor:
+        return variant.fn(*inputs, causal=shape.causal)
+
+    def both(inputs: Sequence, do: torch.Tensor) -> tuple:
+        return torch.autograd.grad(run(inputs), inputs, do)
+
+    def backward(inputs: Sequence, do: torch.Tensor) -> Callable:
+        o = run(inputs)
+        return lambda: torch.autograd.grad(o, inputs, do, retain_graph=True)
+
+    def memory(backward: bool) -> dict:
+        return account(variant, *inputs, causal=shape.causal, backward=backward)
+
+    def kernel() -> dict:
+        attention = variant.inner or variant
+        alone = attention.inputs(shape, device)
+        return {"kernel": longest_kernel(lambda: attention.fn(*alone, causal=shape.causal), device)}
+
+    def time(phase: str, fn: Callable) -> dict:
+        return statistics(phase, time_passes(fn, device, budget_s / len(TIMED)))
+
+    def fits(phase: str, step: Callable[[], dict]) -> bool:
+        try:
+            row.update(step())
+        except (RuntimeError, MemoryError) as error:  # its traceback holds tensors: they go before anything is cleaned
+            lacking = isinstance(error, NotImplementedError)  # an operation that this device has not got for this dtype
+            if not lacking and not out_of_memory(error):
+                raise
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            row.update(status="unsupported" if lacking else "oom", phase=phase, reason=first)
+        if row["phase"] == phase:
+            gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()  # each step starts from the inputs alone, without what the last one left reserved
+        return row["phase"] != phase
+
+    small = variant.inputs(Shape(1, shape.heads, 16, shape.head_dim, shape.dtype, shape.causal), device)
+    both(small, torch.randn_like(small[0]))  # so that the libraries' workspaces exist before memory is counted
+    inputs: list[torch.Tensor] = []
+
+    def lay_out() -> dict:
+        inputs.extend(variant.inputs(shape, device))
+        return {}
+
+    if fits("inputs", lay_out) and fits("forward", lambda: memory(False)):
+        trains = fits("backward", lambda: memory(True))
+        fits("forward", lambda: time("forward", lambda: run(inputs)))
+        fits("forward", kernel)
+        if trains:
+            do = torch.randn_like(inputs[0])
+            fits("backward", lambda: time("backward", backward(inputs, do)))
+            fits("backward", lambda: time("forward_backward", lambda: both(inputs, do)))
+    return {**row, **state(device)}

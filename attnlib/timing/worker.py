@@ -1,0 +1,112 @@
+"""A process of its own to touch the device, which may die without taking its parent, or what was measured, with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from typing import Any
+
+from attnlib.core import UserError
+
+# what a fork server imports once for all processes that start from it; none of them touches a GPU
+PRELOADED = ["torch", "sympy", "attnlib.timing.race", "attnlib.memory.check", "attnlib.dilated"]
+
+
+class WorkerDied(Exception):
+    """The worker process is gone, or failed in a way that leaves the device in doubt: it is not used any further."""
+
+
+def leave_with_parent() -> None:
+    """End this process when the one that started it has ended."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def serve(pipe: Connection) -> None:
+    """The worker: run what is sent, `(function, arguments)`, and send back `(error or None, result)`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((None, function(*arguments)))
+        except UserError as error:
+            pipe.send((error, None))
+        except Exception as error:
+            pipe.send((WorkerDied(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"), None))
+
+
+def forkserver() -> BaseContext:
+    """How to start many short-lived processes: from one that has imported this package, which touches no GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # heeded by whoever starts the server: by all or by none
+    return context
+
+
+class Worker:
+    """A process started when first called, and replaced after it has died.
+
+    context: how the process is started; a fresh interpreter, or see `forkserver`.
+    """
+
+    def __init__(self, context: BaseContext | None = None) -> None:
+        self.context: Any = context or multiprocessing.get_context("spawn")
+        self.process: Any = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Kill the process, if there is one."""
+        if self.process:
+            self.process.kill()
+            self.process.join()
+            self.pipe.close()
+        self.process = None
+
+    def call(self, function: Callable, *arguments: Any, timeout_s: float | None = None) -> Any:
+        """`function(*arguments)`, run in the worker.
+
+        Raises UserError as the function did, WorkerDied if the process ended or the function failed otherwise, and
+        TimeoutError after `timeout_s` seconds; after the last two the process is killed.
+        """
+        if self.process is None:
+            self.pipe, theirs = self.context.Pipe()
+            self.process = self.context.Process(target=serve, args=(theirs,), daemon=True)
+            with theirs:
+                self.process.start()
+        try:
+            self.pipe.send((function, arguments))
+            if not self.pipe.poll(timeout_s):
+                self.stop()
+                raise TimeoutError(f"not done after {timeout_s:g} s")
+            error, result = self.pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.process.join()
+            code = self.process.exitcode
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            error, result = WorkerDied(how), None
+        if isinstance(error, WorkerDied):
+            self.stop()
+        if error:
+            raise error
+        return result
+
+    def call_again(self, function: Callable, *arguments: Any, timeout_s: float | None = None) -> Any:
+        """`call`, and a second time if the worker died: the cause may lie outside (somebody's kill, a system short of
+        memory)."""
+        try:
+            return self.call(function, *arguments, timeout_s=timeout_s)
+        except WorkerDied:
+            return self.call(function, *arguments, timeout_s=timeout_s)

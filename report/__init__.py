@@ -1,0 +1,1 @@
+"""What only the report needs: rows, tables, figures, claims, and the export to HTML and PDF."""

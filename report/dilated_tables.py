@@ -1,0 +1,111 @@
+"""What notebook 04 asks for and makes of the answers: the published points, their tables, and who sees whom."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+import torch
+
+from attnlib.core import Shape
+from attnlib.dilated.attention import dilated_variant
+from attnlib.laws import Variant, work
+from attnlib.rows import POINT, shape_of
+from report.stored import published
+from report.tables import NO_FIGURE, digits, table
+
+
+def numbers_in(text: str) -> tuple[int, ...]:
+    """ "1 2 4" as numbers."""
+    return tuple(int(word) for word in text.split())
+
+
+def label(segment_lengths: Iterable[int], dilation_rates: Iterable[int]) -> str:
+    """A configuration in few characters: "w 256, 512 · r 1, 2"."""
+    return f"w {', '.join(map(str, segment_lengths))} · r {', '.join(map(str, dilation_rates))}"
+
+
+def report_004() -> pd.DataFrame:
+    """The tables of published report 004, its configurations as numbers and, as `variant`, by their `label`."""
+    rows, configs = published("004_gtx1080_dilated"), ("segment_lengths", "dilation_rates")
+    rows = rows.assign(**{column: rows[column].map(numbers_in) for column in configs})
+    return rows.assign(variant=[label(*config) for config in rows[[*configs]].itertuples(index=False)])
+
+
+def published_points(dtype: str, longest: int, kernel: str) -> list[tuple[Variant, Shape]]:
+    """The points of published report 004 up to a length, in its order, each once: dilated attention over a kernel."""
+    found = {}
+    for row in report_004().query("seq_len <= @longest").itertuples():
+        variant = dilated_variant(row.variant, row.segment_lengths, row.dilation_rates, kernel=kernel)
+        shape = Shape(row.batch, row.heads, row.seq_len, row.head_dim, dtype)
+        found[row.variant, shape] = (variant, shape)
+    return list(found.values())
+
+
+def beside_004(rows: pd.DataFrame) -> pd.DataFrame:
+    """Report 004's tables with the rows measured here joined to them: columns `_theirs` and `_ours`."""
+    keys = ["variant", "batch", "heads", "seq_len", "head_dim"]
+    return report_004().merge(rows, on=keys, suffixes=("_theirs", "_ours"))
+
+
+def along(both: pd.DataFrame, name: str, axis: str):
+    """004's scaling tables, along one axis: times, the factor to the first, and the local exponent in that axis."""
+    rows = both[both["table"] == name].sort_values(axis)
+    frame, sizes = pd.DataFrame({axis: rows[axis]}), rows[axis].tolist()
+    for which, after in (("ours", ""), ("theirs", ", 004")):
+        ms = rows[f"forward_ms_{which}"].tolist()
+        steps = zip(ms, ms[1:], sizes, sizes[1:], strict=False)
+        slopes = [f"{math.log(later / t) / math.log(larger / n):.2f}" for t, later, n, larger in steps]
+        frame[f"ms{after}"] = [digits(t) for t in ms]
+        frame[f"factor{after}"] = [f"{t / ms[0]:.1f}" for t in ms]
+        frame[f"exponent{after}"] = [NO_FIGURE, *slopes]
+    return table(frame.assign(**{"KiB per token": rows["kib_per_token"].map(digits)}))
+
+
+def with_counts(rows: pd.DataFrame, points: Sequence[tuple[Variant, Shape]]) -> pd.DataFrame:
+    """The rows of those points that were measured, with `operations` and `kib_per_token` (forward, inputs included)."""
+    asked = {(variant.name, *shape.columns().values()): variant for variant, shape in points}
+    variants = [asked.get(key) for key in rows[[*POINT]].itertuples(index=False, name=None)]
+    rows = rows.assign(point=variants).dropna(subset="point").reset_index(drop=True)
+    shapes = [shape_of(row) for row in rows.to_dict("records")]
+    operations = [work(*point, "forward") for point in zip(rows["point"], shapes, strict=True)]
+    held = rows["forward_peak_bytes"] + [shape.input_bytes for shape in shapes]
+    kib = held / rows["batch"] / rows["seq_len"] / 1024
+    return rows.drop(columns="point").assign(operations=operations, kib_per_token=kib)
+
+
+def gains(rows: pd.DataFrame, base: str) -> pd.DataFrame:
+    """`seq_len, variant, ms`, forward and backward; `gain`, the speed-up over `base` at that length; `promised`, by the
+    operations; `kept`, what was reached of that. Where a point has no time, its status stands for `ms`."""
+    dense = rows[rows["variant"] == base].set_index("seq_len")
+    rows = rows.sort_values("seq_len", kind="stable")
+    gain = rows["seq_len"].map(dense["forward_backward_ms"]) / rows["forward_backward_ms"]
+    promised = rows["seq_len"].map(dense["operations"]) / rows["operations"]
+    ms = rows["forward_backward_ms"].astype(object).where(rows["forward_backward_ms"].notna(), rows["status"])
+    return rows[["seq_len", "variant"]].assign(ms=ms, gain=gain, promised=promised, kept=gain / promised)
+
+
+def shares(heats: pd.DataFrame, kernels: Mapping[str, str], baseline: str) -> pd.DataFrame:
+    """For each race and kernel: the rate of `dilated_<kernel>`; of the same kernel dense at the longest and at the
+    shortest length raced, `dense_tflop_s` and `short_tflop_s`; its share of each; and `gain`, how many times as fast
+    as the baseline it is."""
+    found = []
+    for names, group in heats.groupby(["head_dim", "causal", "phase"], sort=False):
+        copying = group[group["variant"] == baseline].iloc[0]
+        for kernel, dense in kernels.items():
+            for mine in group[group["variant"] == f"dilated_{kernel}"].itertuples():
+                rates = group[group["variant"] == dense].sort_values("seq_len")["tflop_s"]
+                row = dict(zip(("head_dim", "causal", "phase"), names, strict=True)) | {"kernel": kernel}
+                row |= {"tflop_s": mine.tflop_s, "dense_tflop_s": rates.iloc[-1], "short_tflop_s": rates.iloc[0]}
+                row |= {"share": mine.tflop_s / rates.iloc[-1], "short_share": mine.tflop_s / rates.iloc[0]}
+                found.append(row | {"gain": copying["ms"] / mine.ms, "baseline_tflop_s": copying["tflop_s"]})
+    return pd.DataFrame(found)
+
+
+def distances(seen: torch.Tensor) -> tuple[list[int], list[float]]:
+    """For `[H, N, N]` or `[N, N]`: distances 1, 2, 4, …, and the share of pairs seen from there to twice as far."""
+    seen = (seen > 0).double().reshape(-1, *seen.shape[-2:]).mean(0)
+    n = seen.shape[-1]
+    sums = [float(seen.diagonal(d).sum() + seen.diagonal(-d).sum()) for d in range(1, n)]
+    starts = [2**k for k in range(int(math.log2(n - 1)) + 1)]
+    ranges = [range(start, min(2 * start, n)) for start in starts]
+    return starts, [sum(sums[d - 1] for d in one) / sum(2 * (n - d) for d in one) for one in ranges]

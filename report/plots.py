@@ -1,0 +1,177 @@
+"""One style for every figure: one colour per variant, the device in the title, a cross where memory ran out."""
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+from attnlib.core import PHASES
+
+COLOURS = {"naive_custom": "#0173b2", "naive": "#de8f05", "naive_weights_only": "#029e73", "naive_recompute": "#d55e00"}
+COLOURS |= {"sdpa_math": "#cc78bc", "sdpa_efficient": "#ca9161", "sdpa_flash": "#fbafe4", "sdpa_cudnn": "#949494"}
+COLOURS |= {"sdpa_default": "#ece133", "fa4": "#001c7f", "tiled": "#b1400d", "dilated": "#12711c", "window": "#8c0800"}
+COLOURS |= {"strided": "#591e71", "random_blocks": "#592f0d"}
+SPARE = ("#56b4e9", "#a23582", "#3c3c3c", "#b8850a", "#006374", *sns.husl_palette(24).as_hex())
+REGIME_COLOURS = {"launch": "#7f7f7f", "bandwidth": "#1f77b4", "compute": "#d62728"}
+WIDTH, HEIGHT = 6.3, 2.7  # inches: the text width of the PDF
+
+
+def colour(variant):
+    """A variant's colour; one that has none yet keeps the first that no other has."""
+    return COLOURS.setdefault(variant, next((one for one in SPARE if one not in COLOURS.values()), "#000000"))
+
+
+def style():
+    """Set the look of all figures: SVG in notebooks, and with svg.hashsalt equal figures are equal files."""
+    set_matplotlib_formats("svg")
+    look = {"axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "axes.grid.which": "major"}
+    sns.set_theme(context="paper", style="whitegrid", rc=look)
+    plt.rcParams.update({"svg.hashsalt": "attnlib", "figure.dpi": 100, "savefig.bbox": "tight"})
+
+
+def over_lengths(ax, lengths):
+    """A logarithmic axis over sequence lengths, written as people do: 16384 becomes 16K."""
+    lengths = sorted(set(lengths))
+    ax.set_xscale("log")
+    ax.set_xticks(lengths, [f"{n / 1024:g}K" if n >= 1024 else f"{n:g}" for n in lengths], rotation=45)
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def panels(titles, *, xs, ylabel, device="", sharey=True):
+    """A figure and a row of log-log axes over sequence length, one per title."""
+    kind = {"figsize": (WIDTH, HEIGHT), "sharey": sharey, "squeeze": False, "layout": "constrained"}
+    figure, (axes,) = plt.subplots(1, len(titles), **kind)
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set(yscale="log", title=f"{title} · {device}" if device else title, xlabel="sequence length N")
+        over_lengths(ax, xs)
+    axes[0].set_ylabel(ylabel)
+    return figure, axes
+
+
+def line(ax, xs, ys, own, label, marks="o-"):
+    """One line in its own colour."""
+    ax.plot(xs, ys, marks, color=own, ms=3, lw=1, label=label)
+
+
+def lines(ax, rows, column):
+    """A line for each variant: `column` against N."""
+    for variant, group in rows.groupby("variant", sort=False):
+        line(ax, group["seq_len"], group[column], colour(variant), variant)
+
+
+def level(ax, y):
+    """A dotted line to compare with."""
+    ax.axhline(y, color="black", lw=0.8, ls=":")
+
+
+def times(ax, between):
+    """Write the axis as multiples, with the minor ticks `between` named."""
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}×"))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}×" if round(y, 9) in between else ""))
+
+
+def legend(figure, ax):
+    """The figure with one legend for all panels, below them."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def curves(rows, columns, *, device, ylabel, dashed, oom_phases, scale=1.0):
+    """`columns` ({title: column}) against N, one panel each: measured as dots on a line, predicted (`dashed`) dashed.
+
+    oom_phases: {title: phases}; a point that ran out of memory in one of them is a cross on its predicted value.
+    """
+    figure, axes = panels(list(columns), xs=rows["seq_len"], device=device, ylabel=ylabel)
+    for ax, (title, column) in zip(axes, columns.items(), strict=True):
+        for variant, group in rows.groupby("variant", sort=False):
+            group, own = group.sort_values("seq_len"), colour(variant)
+            lost = group[group["phase"].isin(oom_phases[title]) & (group["status"] == "oom")]
+            line(ax, group["seq_len"], group[column] / scale, own, variant)
+            ax.plot(group["seq_len"], group[dashed[title]] / scale, "--", color=own, lw=1, alpha=0.7)
+            ax.plot(lost["seq_len"], lost[dashed[title]] / scale, "x", color=own, ms=7, mew=2)
+    return legend(figure, axes[0])
+
+
+def block(rows, *, device):
+    """A sweep of the block: time, peak memory and throughput of forward and backward against N, by variant."""
+    columns = {"ms": "forward_backward_ms", "peak GiB": "backward_peak_gib", "tokens per ms": "tokens_per_ms"}
+    lengths = sorted(set(rows["seq_len"]))
+    figure, axes = panels(list(columns), xs=lengths[:: 2 if len(lengths) > 5 else 1], ylabel="", sharey=False)
+    figure.suptitle(device, fontsize=9)
+    for ax, column in zip(axes, columns.values(), strict=True):
+        lines(ax, rows.dropna(subset=[column]), column)
+    return legend(figure, axes[0])
+
+
+def protocol(rows, product_tflop_s, *, device):
+    """TFLOP/s of forward (above) and backward (below) against N, one column per head_dim and mask; `rows` has
+    `forward_tflop_s` and `backward_tflop_s`. The dotted line is the matrix product's rate."""
+    kinds = rows.groupby(["head_dim", "causal"])
+    look = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(2, len(kinds), figsize=(WIDTH, 4.4), **look)
+    figure.suptitle(device, fontsize=9)
+    for row, phase in zip(axes, PHASES, strict=True):
+        row[0].set_ylabel(f"{phase} TFLOP/s")
+        for ax, (_, part) in zip(row, kinds, strict=True):
+            level(ax, product_tflop_s)
+            lines(ax, part, f"{phase}_tflop_s")
+            over_lengths(ax, rows["seq_len"])
+    for top, bottom, (head_dim, causal) in zip(*axes, kinds.groups, strict=True):
+        top.set_title(f"D {head_dim}, {'causal' if causal else 'full'}")
+        bottom.set_xlabel("N")
+    return legend(figure, axes[0][0])
+
+
+def roofline(points, *, copy_gb_s, product_tflop_s, device):
+    """Useful TFLOP/s against operations per byte of memory traffic: `points` has `variant, phase, intensity,
+    tflop_s`. The roof is the copy's rate up to where the matrix product's takes over."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
+    xs = [min(points["intensity"]) / 2, 1e3 * product_tflop_s / copy_gb_s, max(points["intensity"]) * 2]
+    ax.plot(xs, [min(x * copy_gb_s / 1e3, product_tflop_s) for x in xs], color="black", lw=1)
+    slope, beside = (xs[0] * xs[1]) ** 0.5, {"textcoords": "offset points"}
+    ax.annotate(f"copy {copy_gb_s:,.0f} GB/s", (slope, slope * copy_gb_s / 1e3), (-8, 4), ha="right", **beside)
+    ax.annotate(f"matrix product {product_tflop_s:,.3g} TFLOP/s", (xs[1], product_tflop_s), (4, 4), **beside)
+    for row in points.itertuples():
+        marker, label = ("o", row.variant) if row.phase == "forward" else ("s", None)
+        filled = colour(row.variant) if row.phase == "forward" else "none"
+        ax.plot(row.intensity, row.tflop_s, marker, ms=6, mfc=filled, mec=colour(row.variant), label=label)
+    ax.set(xscale="log", yscale="log", xlabel="useful operations per byte of memory traffic", ylabel="useful TFLOP/s")
+    ax.set(title=device, ylim=(min(points["tflop_s"]) / 2, 2 * product_tflop_s))
+    return legend(figure, ax)
+
+
+def ratios(rows, *, device, ylabel="naive ÷ flash"):
+    """How many times as long the first variant of a duel takes as the second, against N, with the interval as a band;
+    one panel per phase, one line per dtype and head_dim."""
+    figure, axes = panels(PHASES, xs=rows["seq_len"], device=device, ylabel=ylabel)
+    between = (0.5, 2, 3, 5) if rows["ratio"].max() < 50 * rows["ratio"].min() else ()
+    for ax, phase in zip(axes, PHASES, strict=True):
+        level(ax, 1)
+        cells = rows[rows["phase"] == phase].groupby(["dtype", "head_dim"], sort=False)
+        for own, ((dtype, head_dim), cell) in zip(sns.color_palette("colorblind"), cells, strict=False):
+            ax.fill_between(cell["seq_len"], cell["low"], cell["high"], color=own, alpha=0.3, lw=0)
+            line(ax, cell["seq_len"], cell["ratio"], own, f"{dtype}, D {head_dim}", "-")
+        times(ax, between)
+    return legend(figure, axes[0])
+
+
+def patterns(reaches, *, counts):
+    """Who sees whom: one square per `{title: [N, N] tensor}`, queries down and keys across, darker where seen in more
+    of up to `counts` branches."""
+    size = (WIDTH, WIDTH / len(reaches) + 0.5)
+    figure, (axes,) = plt.subplots(1, len(reaches), figsize=size, squeeze=False, layout="constrained")
+    for ax, (title, seen) in zip(axes, reaches.items(), strict=True):
+        ax.imshow(seen, cmap="Blues", vmin=0, vmax=counts, interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[], xlabel="keys")
+    axes[0].set_ylabel("queries")
+    return figure
+
+
+def reached(shares, *, device):
+    """The share of pairs that see each other against their distance, a line per `{label: (distances, shares)}`."""
+    figure, ax = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+    for own, (label, (distances, share)) in zip(sns.color_palette("colorblind"), shares.items(), strict=False):
+        edges, share = [*distances, 2 * distances[-1]], [*share, share[-1]]
+        ax.step(edges, share, "-", where="post", color=own, lw=1, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="distance |i − j|", ylabel="share of pairs seen", title=device)
+    return legend(figure, ax)

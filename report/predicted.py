@@ -1,0 +1,42 @@
+"""Rows beside what was predicted for them: laws, floors, ledgers."""
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from attnlib import variant
+from attnlib.core import Machine, Shape
+from attnlib.laws import ACCOUNTS, Variant, law_of
+from attnlib.memory import check
+from attnlib.rows import POINT, shape_of
+from attnlib.timing.floor import floor
+
+
+def with_laws(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
+    """Rows of a sweep with the bytes of each point's law (`<account>_law_bytes`), of its inputs (`input_bytes`), and
+    `needed_bytes` in all; NaN where there is no law."""
+    predicted = []
+    for row in rows.to_dict("records"):
+        one, shape = variant(row["variant"]), shape_of(row)
+        law = law_of(one, shape, machine)
+        laws = {f"{what}_law_bytes": law.bytes(what, shape, machine) if law else math.nan for what in ACCOUNTS}
+        total = shape.input_bytes + max(laws.values())
+        predicted.append(laws | {"input_bytes": shape.input_bytes, "needed_bytes": total})
+    return rows.join(pd.DataFrame(predicted, index=rows.index))
+
+
+def with_floors(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
+    """Rows of a sweep with each point's floor and regime, of forward and backward."""
+    found = [floor(variant(row["variant"]), shape_of(row), machine) for row in rows.to_dict("records")]
+    return rows.join(pd.DataFrame(found, index=rows.index))
+
+
+def booked(cases: Sequence[tuple[Variant, Shape]], machine: Machine, seen: pd.DataFrame | None = None) -> pd.DataFrame:
+    """check.compare for each case, beside what the allocator saw of it, the rows `seen`, without which a case is left
+    out."""
+    if seen is None:
+        return pd.DataFrame([check.compare(*case, machine) for case in cases])
+    there = set(seen[[*POINT]].itertuples(index=False, name=None))
+    rows = [check.compare(*one, machine) for one in cases if (one[0].name, *one[1].columns().values()) in there]
+    return pd.DataFrame(check.with_observed(rows, seen.to_dict("records")))

@@ -1,0 +1,184 @@
+"""What notebooks 03 and 04 make of their rows: rates, kernels that were picked, errors, and crossovers.
+
+A crossover is the length from which on one variant wins: in time by races, in memory by laws.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from attnlib.accuracy import RESULTS
+from attnlib.core import PHASES, Machine, Shape
+from attnlib.laws import Variant, bytes_needed, useful_flops
+from attnlib.memory.fit import at_length
+from attnlib.memory.ledger import ledger
+from attnlib.rows import shape_of
+from attnlib.timing.race import duel_jobs, duels
+from report.run import Run, say
+from report.tables import digits, grid, table
+
+DUEL_KEYS = ["dtype", "head_dim", "phase"]  # what a crossover is looked for in
+RACE_KEYS = ["head_dim", "causal", "seq_len", "phase"]  # what names a race
+OF_DEFAULT = ["of_default", "of_default_low", "of_default_high"]
+
+
+def ended(rows: pd.DataFrame, column: str, unit: float = 1):
+    """A table of `column` by N and variant, or how the point ended; without variants that were refused throughout."""
+    rows = rows[rows.groupby("variant")["status"].transform(lambda statuses: (statuses != "unsupported").any())]
+    return grid(rows, rows["status"].where(rows[column].isna(), [digits(x / unit) for x in rows[column]]))
+
+
+def with_rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a sweep with `forward_tflop_s` and `backward_tflop_s`, by the operations of laws.useful_flops."""
+    shapes = [shape_of(row) for row in rows.to_dict("records")]
+    rates = {phase: [useful_flops(one, phase) for one in shapes] / rows[f"{phase}_ms"] / 1e9 for phase in PHASES}
+    return rows.assign(**{f"{phase}_tflop_s": rate for phase, rate in rates.items()})
+
+
+def kernel_name(text: str) -> str:
+    """A kernel's name without its return type, parameters and template arguments."""
+    return re.sub(r"^void |<.*|\(.*", "", text).split("::")[-1]
+
+
+def picks(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each race the kernel behind sdpa_default (`picked`), and the `fastest` of PyTorch's own pinned kernels, with
+    how many times as fast that is (`of_default`, `_low`, `_high`)."""
+    found = []
+    for names, race in rows.groupby(RACE_KEYS, sort=False):
+        race = race.assign(kernel=race["kernel"].map(kernel_name)).set_index("variant")
+        pinned, default = race[race.index.str.startswith("sdpa_")].drop("sdpa_default"), race.loc["sdpa_default"]
+        picked = ", ".join(pinned.index[pinned["kernel"] == default["kernel"]]) or default["kernel"]
+        best = pinned["of_default"].idxmax()
+        row = dict(zip(RACE_KEYS, names, strict=True)) | {"picked": picked, "fastest": best}
+        found.append(row | pinned.loc[best, OF_DEFAULT].to_dict())
+    return pd.DataFrame(found)
+
+
+def worst(rows: Iterable[dict]) -> float:
+    """The largest error over that of the reference, in rows of accuracy.compared."""
+    return max(row[f"{result}_of_reference"] for row in rows for result in RESULTS)
+
+
+def errors_over_naive(rows: pd.DataFrame, name: str, dtype: str) -> tuple[float, float]:
+    """The smallest and the largest error of a variant over that of `naive`, over RESULTS and masks."""
+    errors = rows[rows["dtype"] == dtype].set_index(["variant", "causal"])[[f"{r}_error" for r in RESULTS]].sort_index()
+    over = errors.loc[name] / errors.loc["naive"]
+    return over.min(axis=None), over.max(axis=None)
+
+
+def duelled(run: Run, name: str, pairs: Sequence[tuple[Variant, Variant, Shape, str]], budget_s: float) -> pd.DataFrame:
+    """The duels of `(first, second, shape, phase)`, see timing.race.duels, from the rows called `name`."""
+    numbers = ("first_ms", "second_ms", "ratio", "rounds", "run")
+    rows = run.collect(name, duel_jobs(pairs, run.device, budget_s), numbers)
+    return pd.DataFrame(duels(rows.to_dict("records")))
+
+
+def crossing(lengths: Iterable[int], values: Iterable[float]) -> float:
+    """The N from which on all values exceed one: between two lengths by a straight line through log(value) over log N.
+
+    The shortest length if that is so everywhere, infinity if it is not so at the longest.
+    """
+    points = sorted(zip(lengths, values, strict=True), reverse=True)
+    if points[0][1] <= 1:
+        return math.inf
+    for (n, value), (below, at_below) in zip(points, points[1:], strict=False):
+        if at_below <= 1:
+            share = math.log(value) / math.log(value / at_below)
+            return math.exp(math.log(n) - share * math.log(n / below))
+    return float(points[-1][0])
+
+
+def crossings(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each dtype, head_dim, phase and run of duels: `seq_len`, from which on `second` wins, between `low` and
+    `high`, where the whole interval of the ratio says so; `shortest` and `longest` lengths tried, `least` and `most`
+    of the ratio there."""
+    found = []
+    for names, cell in rows.groupby([*DUEL_KEYS, "run", "first", "second"], sort=False):
+        cell = cell.sort_values("seq_len")
+        # where the ratio's high end passes one is the low end of the crossover
+        at, low, high = (crossing(cell["seq_len"], cell[column]) for column in ("ratio", "high", "low"))
+        ends = {"shortest": cell["seq_len"].iloc[0], "longest": cell["seq_len"].iloc[-1]}
+        ends |= {"least": cell["ratio"].iloc[0], "most": cell["ratio"].iloc[-1]}
+        row = dict(zip((*DUEL_KEYS, "run", "first", "second"), names, strict=True))
+        found.append(row | {"seq_len": at, "low": low, "high": high, **ends})
+    return pd.DataFrame(found)
+
+
+def length(n: float, cell: dict) -> str:
+    """A length of `crossings`: a number, or that it lies beyond the lengths tried."""
+    if math.isinf(n):
+        return f"> {cell['longest']}"
+    return f"≤ {cell['shortest']}" if n <= cell["shortest"] else f"{n:.0f}"
+
+
+def crossovers(cells: pd.DataFrame):
+    """A table of the lengths from which the second wins, with their intervals, from both runs; and the ratios at both
+    ends."""
+    found = []
+    for names, runs in cells.groupby(DUEL_KEYS, sort=False):
+        one, two = runs.sort_values("run").to_dict("records")
+        row = dict(zip(DUEL_KEYS, names, strict=True)) | {"variant": one["second"]}
+        row |= {"wins from N": f"{length(one['seq_len'], one)} [{length(one['low'], one)}, {length(one['high'], one)}]"}
+        row |= {"second run": length(two["seq_len"], two)}
+        row |= {f"ratio at {one[n]}": f"{one[ratio]:.2f}×" for n, ratio in (("shortest", "least"), ("longest", "most"))}
+        found.append(row)
+    return table(pd.DataFrame(found))
+
+
+def reproduced(run: Run, cells: pd.DataFrame) -> None:
+    """Claim that the second run finds each crossover in the interval of the first; on a CPU say how many it finds."""
+    one, two = (cells[cells["run"] == number].reset_index() for number in (1, 2))
+    same = int(((one["low"] <= two["seq_len"]) & (two["seq_len"] <= one["high"])).sum())
+    text = "crossovers that the second run finds within the first's interval"
+    if run.machine.is_cpu:
+        say(f"{text.capitalize()}: {same} of {len(one)}.")
+    else:
+        run.claim(text, len(one), same)
+
+
+def inside(rows: pd.DataFrame) -> tuple[int, int]:
+    """How many ratios of duels there are, and how many of the second run lie in the interval of the first."""
+    one, two = (rows[rows["run"] == number] for number in (1, 2))
+    both = one.merge(two, on=[*DUEL_KEYS, "seq_len"], suffixes=("", "_again"))
+    return len(both), int(both["ratio_again"].between(both["low"], both["high"]).sum())
+
+
+def relapses(rows: pd.DataFrame) -> list[str]:
+    """A sentence for each cell of duels in which flash wins at the shortest length and loses at longer ones, whole
+    intervals."""
+    found = []
+    for (dtype, d, phase), cell in rows.sort_values("seq_len").groupby(DUEL_KEYS, sort=False):
+        lost = cell.loc[cell["high"] < 1, "seq_len"]
+        if cell["low"].iloc[0] > 1 and len(lost):
+            where = f"loses at N = {' to '.join(dict.fromkeys(map(str, (lost.iloc[0], lost.iloc[-1]))))}"
+            found.append(f"In {dtype} at D = {d}, {phase}, flash wins at the shortest lengths too, and {where}.")
+    return found
+
+
+def blocks_at_crossover(cells: pd.DataFrame, heads: int) -> float:
+    """The most blocks of 128 rows, over all heads, at any backward crossover in a half-size type."""
+    found = cells[(cells["phase"] == "backward") & (cells["dtype"] != "float32") & (cells["seq_len"] < math.inf)]
+    return heads * found["seq_len"].max() / 128 if len(found) else 0.0
+
+
+def ledger_traffic(variants: Iterable[Variant], shape: Shape, machine: Machine) -> pd.DataFrame:
+    """As traffic.counted, for a device without counters: the traffic of the ledger, each operand once an operation."""
+    found = []
+    for variant in variants:
+        rows = pd.DataFrame(ledger(variant, shape, machine)).groupby("phase")["traffic_bytes"].sum()
+        names = {"variant": variant.name, **shape.columns()}
+        found += [names | {"phase": p, "dram_bytes": rows[p], "useful_flops": useful_flops(shape, p)} for p in PHASES]
+    return pd.DataFrame(found)
+
+
+def memory_crossover(first: Variant, second: Variant, shape: Shape, phase: str, machine: Machine) -> int:
+    """The N from which on `second` needs less memory than `first`, by their laws; 1 if it always does."""
+
+    def less(n: int) -> bool:
+        mine, theirs = (bytes_needed(one, at_length(shape, n), machine, phase) for one in (second, first))
+        return mine < theirs
+
+    longest = 4096  # from there on the matrices decide
+    return next((n + 1 for n in range(longest, 0, -1) if not less(n)), 1)

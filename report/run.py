@@ -1,0 +1,188 @@
+"""From data to a report: measure or load the rows, put claims to the test, keep the figures."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import Markdown, display
+
+from attnlib.core import Shape, UserError
+from attnlib.laws import Variant
+from attnlib.timing.machine import ceilings, describe, memory_free, resolve
+from attnlib.timing.sweep import Job, collect, point_jobs
+from attnlib.timing.worker import Worker
+from report import stored
+
+CLAIM = "application/vnd.attnlib.claim+json"  # how a claim stands among a notebook's outputs, for the build to check
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is measured."""
+
+    budget_s: float  # of timing per point
+    timeout_s: float  # after which a point is given up
+    suffix: str  # of the folder
+
+
+PROFILES = {"full": Profile(2.0, 300.0, ""), "quick": Profile(1.0, 60.0, "-quick")}
+
+
+def profile(name: str) -> Profile:
+    """The profile called `name`. Raises UserError, with the names there are, if there is none."""
+    if name not in PROFILES:
+        raise UserError(f"profile must be one of {', '.join(PROFILES)}, not {name!r}")
+    return PROFILES[name]
+
+
+def write(path: Path, text: str):
+    """Write a file so that a reader sees the old text or the new one, never half. Raises UserError if it can't."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.draft")
+        draft.write_text(text)
+        os.replace(draft, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def say(text: str):
+    """Show a sentence with computed numbers in it as Markdown."""
+    display(Markdown(text))
+
+
+class Claim(dict):
+    """A sentence that was put to the test, `claim, predicted, measured, holds`; it shows itself as a line of text."""
+
+    def __repr__(self):
+        verdict = "holds" if self["holds"] else "FAILS"
+        return f"{verdict}: {self['claim']} (predicted {self['predicted']}, measured {self['measured']})"
+
+    def _repr_mimebundle_(self, **_):
+        return {"text/plain": repr(self), CLAIM: dict(self)}
+
+
+class Run:
+    """One notebook on one device: where its rows come from, and where its figures go.
+
+    `device` is "auto", "cpu", "cuda" or "cuda:1", measured now; with `replay` it is a folder of data/ and nothing is
+    measured. `machine` is what it was measured on: in a replay nothing asks the computer at hand. anew: measure the
+    device's ceilings again, else only if this machine had none before. Raises UserError for an unknown device or
+    profile, or a folder without data.
+    """
+
+    def __init__(self, notebook, device="auto", profile_name="full", replay=False, *, anew=False):
+        self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
+        if replay:
+            self.folder, self.machine = device, stored.machine_of(device, notebook[:2])
+            self.device = self.machine.kind
+            return
+        self.device, self.worker = resolve(device), Worker()
+        machine = self.worker.call(describe, self.device)
+        self.folder = machine.slug + self.profile.suffix
+        known = {} if anew else self._facts().get(machine.machine, {}).get("ceilings", {})
+        self.machine = replace(machine, ceilings=known or self.worker.call(ceilings, self.device))
+
+    def path(self, name: str) -> Path:
+        """The file of this notebook's rows called `name`: data/<device>/<notebook number>_<name>.csv."""
+        return stored.ROOT / "data" / self.folder / f"{self.notebook[:2]}_{name}.csv"
+
+    def sweep(self, name: str, points: Sequence[tuple[Variant, Shape]], budget_s: float | None = None) -> pd.DataFrame:
+        """The rows of `(variant, shape)` points, measured now, or loaded if this is a replay: then those there are.
+
+        budget_s: seconds of timing for each point, where it is not the profile's.
+        """
+        if not self.replay:
+            jobs = point_jobs(points, self.device, budget_s or self.profile.budget_s)
+            self._collect(name, jobs, worker=self.worker, timeout_s=self.profile.timeout_s)
+        return stored.load(self.folder, self.path(name).stem, {variant.name for variant, _ in points})
+
+    def collect(self, name: str, jobs: Sequence[Job], numbers: Iterable[str], lanes: int = 1) -> pd.DataFrame:
+        """The rows of any other jobs, as `sweep`. numbers: the columns that must be there and be numbers; lanes: how
+        many jobs may run side by side, as far as the device's memory has room for what they claim.
+
+        Raises UserError if the rows cannot be written, or in a replay if they are not there (see `has`) or damaged.
+        """
+        if not self.replay:
+            apart = lanes > 1 or any(job.process is not None or job.here for job in jobs)
+            room_bytes = self.worker.call(memory_free, self.device) if lanes > 1 else 0
+            if apart:
+                self.worker.stop()  # it gives the device back, so that all of it can be had
+            self._collect(name, jobs, worker=None if apart else self.worker, lanes=lanes, room_bytes=room_bytes)
+        return stored.rows_of(self.path(name), numbers)
+
+    def measured(self, name: str, variants: Mapping[str, Variant]) -> dict[str, Variant]:
+        """Of `variants` those to be measured, in a replay those that the rows called `name` have."""
+        there = stored.rows_of(self.path(name))["variant"].unique() if self.replay else variants
+        return {name: variants[name] for name in variants if name in there}
+
+    def has(self, name: str) -> bool:
+        """Whether there are rows of that name to be had: measured now, or once, which a replay must then find."""
+        counted = self._facts().get(self.machine.machine, {}).get("rows", {})
+        return not self.replay or self.path(name).stem in counted or self.path(name).exists()
+
+    def remark(self, name: str) -> str:
+        """What machine.json says that a reader must know of the rows called `name`, or nothing."""
+        return self._facts().get(self.machine.machine, {}).get("remarks", {}).get(self.path(name).stem, "")
+
+    def agreement(self, name: str) -> pd.DataFrame | None:
+        """The pairs of 0.1 ms and more that tests/agreement.py left for this very machine, or None."""
+        path = stored.ROOT / "data" / self.folder / f"{name}_agreement.csv"
+        pairs = pd.read_csv(path) if path.exists() else pd.DataFrame({"machine": []})
+        pairs = pairs[pairs["machine"] == self.machine.machine]
+        return pairs[pairs["reference_ms"] >= 0.1] if len(pairs) else None
+
+    def figure(self, name: str, figure):
+        """Save a matplotlib figure as figures/<device>/<notebook number>_<name>.svg and return it to be shown."""
+        path = stored.ROOT / "figures" / self.folder / f"{self.notebook[:2]}_{name}.svg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)  # or the notebook shows it a second time
+        return figure
+
+    def claim(self, text: str, predicted, measured, holds: bool | None = None):
+        """Put a sentence to the test: show it with its two figures; the build refuses a report in which one fails.
+
+        It holds if `predicted == measured`, unless `holds` says otherwise.
+        """
+        holds = bool(predicted == measured if holds is None else holds)
+        found = Claim(claim=text, predicted=str(predicted), measured=str(measured), holds=holds)
+        self.claims.append(found)
+        display(found)
+
+    def bound(self, text: str, measured: float, *, least: float = -math.inf, most: float = math.inf, form: str = ".2f"):
+        """The claim that a figure lies between `least` and `most`."""
+        limits = [
+            f"{word} {limit:{form}}"
+            for word, limit in (("at least", least), ("at most", most))
+            if abs(limit) < math.inf
+        ]
+        self.claim(text, " and ".join(limits), f"{measured:{form}}", bool(least <= measured <= most))
+
+    def _facts(self) -> dict[str, dict]:
+        """What the folder's machine.json says, if it is there."""
+        folder = stored.ROOT / "data" / self.folder
+        return stored.machines(folder) if (folder / "machine.json").exists() else {}
+
+    def _collect(self, name: str, jobs: Sequence[Job], **how):
+        """Measure into this notebook's file, and say in machine.json what was measured on what, when, and how many rows
+        there are; machines whose rows are still there stay described."""
+        self._introduce({})
+        path = self.path(name)
+        count = collect(jobs, path, self.machine, **how)
+        self._introduce({"dates": {path.stem: self.machine.date}, "rows": {path.stem: count}})
+
+    def _introduce(self, notes: dict[str, dict]):
+        folder, me, known = stored.ROOT / "data" / self.folder, self.machine.machine, self._facts()
+        texts = [path.read_text() for path in folder.glob("*.csv")]
+        kept = {one: facts for one, facts in known.items() if one != me and any(one in text for text in texts)}
+        gpus = ("multiprocessors", "compute_capability") if self.machine.is_cpu else ()  # of which a CPU has none
+        mine = {what: x for what, x in asdict(self.machine).items() if x and what not in gpus}
+        for what in ("dates", "rows"):
+            mine[what] = known.get(me, {}).get(what, {}) | notes.get(what, {})
+        write(folder / "machine.json", json.dumps({**kept, me: mine}, indent=1) + "\n")

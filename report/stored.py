@@ -1,0 +1,149 @@
+"""The rows of data/: read, lifted to the schema of today, and refused in one line where they cannot be right."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from attnlib.core import Machine, Shape, UserError
+from attnlib.rows import COLUMNS, FIGURES, POINT, SCHEMA, SIZES, STATUSES, lacking
+from report.published import read
+
+ROOT = Path(__file__).parent.parent
+WORDS = ("phase", "reason", "kernel")  # columns in which an empty cell is a text
+OPTIONAL = {"reserved_peak_bytes", "clock_mhz", "power_w", "temperature_c", "kernel"}  # not every device has them
+# In rows of schema 1 the ends of an interval are percentiles of a bootstrap over five batches. That sees too little
+# spread by sqrt(4/5), and its normal quantile, 2.576, is too small by what Student's t exceeds it, 4.604 (Hesterberg
+# 2015, "What Teachers Should Know About the Bootstrap": expanded percentile intervals)
+WIDER = 4.604 / 2.576 * math.sqrt(5 / 4)
+
+
+def devices() -> list[str]:
+    """The names of the folders of data/ that a report can be made from."""
+    return sorted(path.parent.name for path in (ROOT / "data").glob("*/machine.json"))
+
+
+def machines(folder: Path) -> dict[str, dict]:
+    """The machines that the CSVs of a folder were measured on: `{machine: facts}`, from machine.json.
+
+    Beside what a Machine holds, `dates` and `rows` say for each CSV when it was measured and how many rows it got,
+    `remarks` what a reader must know about some of them. Raises UserError if the folder is none of `devices()`, or the
+    file is damaged.
+    """
+    if folder.name not in devices() or folder.parent != ROOT / "data":
+        raise UserError(f"no data for device {folder.name!r} (there is: {', '.join(devices())})")
+    try:
+        known = json.loads((folder / "machine.json").read_text())
+        if all(
+            facts["machine"] == machine and facts["kind"] and "ceilings" in facts for machine, facts in known.items()
+        ):
+            return known
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        pass
+    raise UserError(f"data/{folder.name}/machine.json is damaged: delete it and measure again")
+
+
+def lifted(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of an older schema as they would be written now."""
+    if "schema" in rows and (rows["schema"] == SCHEMA).all():
+        return rows
+    for column in ("variant", "first", "second"):
+        if column in rows:
+            rows = rows[rows[column] != "fa2"]  # a package that was asked for and never there
+    for middle, low, high in (("ratio", "low", "high"), ("of_default", "of_default_low", "of_default_high")):
+        if {middle, low, high} <= {*rows}:
+            ends = {end: rows[middle] * (rows[end] / rows[middle]) ** WIDER for end in (low, high)}
+            rows = rows.assign(**ends)
+    if {*FIGURES} - OPTIONAL <= {*rows}:
+        rows = rows.assign(**{column: "" if column in WORDS else math.nan for column in OPTIONAL - {*rows}})
+    return rows.assign(schema=SCHEMA)
+
+
+def unsound(rows: pd.DataFrame, numbers: list[str], names: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Rows that cannot be what was written, as line numbers, and why."""
+    for at in rows.index[rows.duplicated([*POINT] if {*COLUMNS} - {"schema"} <= {*rows} else None)]:
+        yield at, "the row is there twice"
+    for column in numbers:
+        figures = pd.to_numeric(rows[column], errors="coerce")
+        for at in rows.index[(figures.isna() & rows[column].notna()) | (figures < 0) | (figures == math.inf)]:
+            yield at, f"column {column}: {rows[column][at]!r} is not a number from 0 up"
+    if {*SIZES} <= {*rows}:
+        for at, *sizes in rows[[*SIZES]].astype(object).drop_duplicates().itertuples():
+            try:
+                Shape(*sizes)
+            except UserError as error:
+                yield at, str(error)
+    if "status" in rows:
+        for at in rows.index[~rows["status"].isin(STATUSES)]:
+            yield at, f"status {rows['status'][at]!r} is none of {', '.join(STATUSES)}"
+        figures = FIGURES if {*FIGURES} <= {*numbers} else numbers
+        for at, row in zip(rows.index, rows.to_dict("records"), strict=True):
+            if missing := lacking(row, figures):
+                yield at, f"it is ok and lacks figures: {', '.join(missing)}"
+    if names and "variant" in rows:
+        for at in rows.index[~rows["variant"].isin([*names])]:
+            yield at, f"variant {rows['variant'][at]!r} is none that was asked for"
+
+
+def rows_of(path: Path, numbers: Iterable[str] = (), names: Iterable[str] = ()) -> pd.DataFrame:
+    """The rows of a CSV of data/<device>/, lifted to the schema of today.
+
+    Raises UserError if it cannot be read, is empty, has other rows than machine.json counts or some that are `unsound`,
+    lacks one of the columns `numbers`, has a variant that is none of `names`, or if it holds rows of more than one
+    machine or torch version, or of a machine that machine.json does not describe.
+    """
+    known, where, numbers = machines(path.parent), path.relative_to(ROOT), list(numbers)
+    try:
+        header = pd.read_csv(path, nrows=0).columns
+        blanks = {column: [""] for column in header if column not in WORDS}
+        rows = pd.read_csv(path, keep_default_na=False, na_values=blanks)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {where}: {error}") from error
+    if missing := [column for column in ("machine", "torch") if column not in rows]:
+        raise UserError(f"{where} lacks the column(s) {', '.join(missing)}")
+    if len(rows.drop_duplicates(["machine", "torch"])) != 1:
+        raise UserError(f"{where} is empty, or holds rows of more than one machine or torch")
+    if (machine := rows["machine"].iloc[0]) not in known:
+        raise UserError(f"{where} was measured on {machine}, which machine.json does not describe")
+    written = known[machine].get("rows", {}).get(path.stem)
+    if written is not None and written != len(rows):
+        raise UserError(f"{where} has {len(rows)} row(s) where {written} were written: measure again")
+    rows.index = pd.RangeIndex(2, len(rows) + 2)  # the lines of the file
+    rows = lifted(rows)
+    if missing := [column for column in numbers if column not in rows]:
+        raise UserError(f"{where} lacks the column(s) {', '.join(missing)}")
+    for line, text in unsound(rows, numbers, names):
+        raise UserError(f"{where}, line {line}: {text}")
+    return rows.reset_index(drop=True)
+
+
+def load(device: str, name: str, names: Iterable[str] = ()) -> pd.DataFrame:
+    """The rows of a sweep of points, data/<device>/<name>.csv, of variants among `names`; as `rows_of`."""
+    return rows_of(ROOT / "data" / device / f"{name}.csv", FIGURES, names)
+
+
+def machine_of(folder: str, prefix: str = "") -> Machine:
+    """The machine that the first CSV of data/<folder>/ whose name starts with `prefix` was measured on.
+
+    Its `date` names the day of each of these CSVs. Raises UserError if there is no such data.
+    """
+    known = machines(ROOT / "data" / folder)
+    paths = sorted((ROOT / "data" / folder).glob(f"{prefix or '[0-9]'}*.csv"))
+    if not paths:
+        raise UserError(f"data/{folder} has no CSV {prefix}*.csv")
+    facts = known[rows_of(paths[0])["machine"].iloc[0]]
+    days = {facts.get("dates", {}).get(path.stem, facts["date"]) for path in paths}
+    return replace(Machine.from_facts(facts), date=" and ".join(sorted(days)))
+
+
+def published(name: str) -> pd.DataFrame:
+    """Another report's table, data/published/<name>.csv: times in ms, memory in MiB, or MB where the column says so.
+
+    Raises UserError, as published.read does, for a damaged table.
+    """
+    path = ROOT / "data" / "published" / f"{name}.csv"
+    read(path)
+    return pd.read_csv(path)

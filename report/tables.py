@@ -1,0 +1,101 @@
+"""What the tables of several chapters share: numbers as text, a frame as a table, a grid; the tables that recur."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import pandas as pd
+import sympy
+from pandas.io.formats.style import Styler
+
+from attnlib.laws import ACCOUNTS, Law
+
+MIB, GIB = 2**20, 2**30
+NO_FIGURE = "–"
+
+
+def table(frame: pd.DataFrame, formats: Mapping | None = None) -> Styler:
+    """A DataFrame as a table of the report: its columns formatted, a dash where there is no figure."""
+    return frame.style.format(formats, na_rep=NO_FIGURE).hide(axis="index")
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the largest unit that leaves a number of at least one: "64 MiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.3g} GiB"
+
+
+def digits(value: float) -> str:
+    """Three significant digits without an exponent, "0.0351", "1,210"; a dash for NaN."""
+    return NO_FIGURE if math.isnan(value) else f"{float(f'{value:.3g}'):,.10g}"
+
+
+def mask(rows: pd.DataFrame) -> pd.Series:
+    """The column `causal` in words."""
+    return rows["causal"].map({True: "causal", False: "full"})
+
+
+def grid(
+    rows: pd.DataFrame,
+    cells: Iterable,
+    index: str | list[str] = "seq_len",
+    columns: str = "variant",
+    form: str | Callable | None = None,
+) -> Styler:
+    """A table of `cells`, one for each row, by the columns `index` and the values of `columns`, as these first come.
+
+    form: of the cells where they are numbers.
+    """
+    frame = rows.assign(cell=cells).pivot(index=index, columns=columns, values="cell")[rows[columns].unique()]
+    names = [str(name) for name in frame]
+    return table(frame.set_axis(names, axis=1).reset_index(), dict.fromkeys(names, form) if form else None)
+
+
+def formula(law: Law, account: str, given: Mapping | None = None) -> str:
+    """An account of a law in LaTeX, a line for each moment, each term named; a peak is the largest of its moments.
+
+    given: `{symbol or condition: value}` put in first.
+    """
+    lines = []
+    for operation, terms in law.moments(account).items():
+        shown = {name: sympy.sympify(term).subs(given or {}) for name, term in terms.items()}
+        named = [rf"\underbrace{{{sympy.latex(f)}}}_{{\text{{{name}}}}}" for name, f in shown.items() if f != 0]
+        rows = [" + ".join(named[start : start + 3]) for start in range(0, len(named), 3)]
+        lines.append(rf"\text{{{operation}:}}\quad & " + r" \\ & {} + ".join(rows))
+    return r"\begin{aligned}" + r" \\[1ex] ".join(lines) + r"\end{aligned}"
+
+
+def accounts(rows: pd.DataFrame) -> Styler:
+    """Configurations of predicted.booked by variant: on how many all accounts are equal, and the largest peak."""
+    found = []
+    for variant, group in rows.groupby("variant", sort=False):
+        cells = {"variant": variant, "configurations": len(group)}
+        for account in ACCOUNTS:
+            figures = group.filter(regex=f"^{account}_(law|ledger|requested)_bytes$")
+            cells[f"{account.replace('_', ' ')} equal"] = int((figures.nunique(axis=1) == 1).sum())
+        found.append(cells | {"largest peak": f"{group['backward_peak_law_bytes'].max() / GIB:.2f} GiB"})
+    return table(pd.DataFrame(found))
+
+
+def slack(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of frontier.search with `slack_bytes`, the room that the law saw left for the N that failed, and who had it.
+
+    rounding_bytes: in blocks larger than asked for; holes_bytes: reserved from the driver and in no block.
+    """
+    return rows.assign(
+        slack_bytes=(rows["memory_bytes"] - rows["need_bytes"]).clip(lower=0),
+        rounding_bytes=rows["allocated_bytes"] - rows["requested_bytes"],
+        holes_bytes=rows["reserved_bytes"] - rows["allocated_bytes"],
+    )
+
+
+def frontiers(rows: pd.DataFrame) -> Styler:
+    """Predicted and found largest N per case, and where the difference went, in MiB."""
+    rows = slack(rows).rename(columns={"head_dim": "d_model", "allocator": "pool"})
+    frame = rows[["variant", *(one for one in ("d_model", "dtype") if rows[one].nunique() > 1), "phase", "pool"]]
+    frame = frame.assign(GiB=rows["memory_bytes"] / GIB, predicted=rows["predicted_seq_len"])
+    frame = frame.assign(found=rows["found_seq_len"])
+    forms = {"GiB": "{:.1f}", "slack": "{:,.1f}", "tried": "{:,.1f}", "rounding": "{:.3f}", "holes": "{:,.1f}"}
+    return table(frame.assign(**{one: rows[f"{one}_bytes"] / MIB for one in list(forms)[1:]}), forms)

@@ -1,0 +1,81 @@
+"""The bytes that a variant really moves through a GPU's memory, from its hardware counters, read by Nsight Compute.
+
+`python -m report.traffic SHAPE DEVICE VARIANT …` is what the profiler runs; `counted` calls it.
+"""
+
+import io
+import json
+import subprocess
+import sys
+from itertools import product
+
+import pandas as pd
+import torch
+
+from attnlib import variant
+from attnlib.core import PHASES, Shape
+from attnlib.laws import useful_flops
+from attnlib.timing.sweep import Job
+
+METRICS = ["dram__bytes_read.sum", "dram__bytes_write.sum"]
+TRAFFIC = ["seq_len", "head_dim", "dram_bytes", "useful_flops", "kernels"]  # the numbers of a row
+
+
+def run_once(names: list[str], shape: Shape, device: str):
+    """One forward and one backward pass of each variant, a kernel that only waits before each of them."""
+    todo = [(one, one.inputs(shape, device)) for one in map(variant, names)]
+    upstream = [torch.randn_like(inputs[0]) for _, inputs in todo]
+    for profiled in (False, True):  # the first time so that kernels are compiled and workspaces there
+        if profiled:
+            torch.cuda.profiler.start()
+        for (one, inputs), do in zip(todo, upstream, strict=True):
+            torch.cuda._sleep(1)
+            o = one.fn(*inputs, causal=shape.causal)
+            torch.cuda._sleep(1)
+            torch.autograd.grad(o, inputs, do)
+        torch.cuda.synchronize(device)
+    torch.cuda.profiler.stop()
+
+
+def counted(names: list[str], shape: Shape, device: str, timeout_s: float = 120) -> list[dict]:
+    """A row for each variant and phase: the shape's columns, TRAFFIC. Empty where the counters cannot be read, which
+    needs the program ncu and, on many systems, an administrator's permission."""
+    options = "--clock-control=none --cache-control=none --profile-from-start=off --csv --page=raw --print-units=base"
+    target = [sys.executable, "-m", "report.traffic", json.dumps(shape.columns()), device, *names]
+    command = ["ncu", *options.split(), f"--metrics={','.join(METRICS)}", *target]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
+    except (OSError, subprocess.SubprocessError):  # no ncu, no permission, no end
+        return []
+    return summed(done.stdout, names, shape)
+
+
+def summed(text: str, names: list[str], shape: Shape) -> list[dict]:
+    """The rows of `counted` from what ncu printed: its counters summed from one waiting kernel to the next."""
+    if (start := text.find('"ID"')) < 0:
+        return []
+    lines = [line for line in text[start:].splitlines() if line.startswith('"')]
+    table = pd.read_csv(io.StringIO("\n".join(lines)), dtype=str)
+    if not {"Kernel Name", *METRICS} <= set(table) or not (table.loc[:0, METRICS] == "byte").all(axis=None):
+        return []
+    table = table.iloc[1:]  # the line under the header holds the units
+    moved = sum(pd.to_numeric(table[metric].str.replace(",", ""), errors="coerce") for metric in METRICS)
+    waiting = table["Kernel Name"].str.contains("spin_kernel")
+    places = moved[~waiting].groupby(waiting.cumsum() - 1)
+    keys = list(product(names, PHASES))
+    if moved.isna().any() or list(places.groups) != list(range(len(keys))):
+        return []
+    return [
+        {"variant": name, **shape.columns(), "phase": phase, "dram_bytes": int(bytes_of_one.sum())}
+        | {"useful_flops": useful_flops(shape, phase), "kernels": len(bytes_of_one)}
+        for (name, phase), (_, bytes_of_one) in zip(keys, places, strict=True)
+    ]
+
+
+def jobs(names: list[str], shape: Shape, device: str) -> list[Job]:
+    """`counted` as a job; it starts a process of its own."""
+    return [Job(f"{shape} {' '.join(names)}", counted, (names, shape, device), here=True)]
+
+
+if __name__ == "__main__":
+    run_once(sys.argv[3:], Shape(**json.loads(sys.argv[1])), sys.argv[2])

@@ -1,0 +1,101 @@
+"""Tables and colours: numbers as people read them, a dash where there is none, one colour for one name."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from attnlib import VARIANTS
+from attnlib.core import Shape
+from attnlib.laws import c
+from attnlib.memory.check import compare
+from report import plots, tables
+from report.predicted import with_floors, with_laws
+from report.stored import load, machine_of
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.035123, "0.0351"), (1209.7, "1,210"), (0.000351, "0.000351"), (0.0, "0"), (3, "3"), (math.nan, "–")],
+)
+def test_three_digits_without_an_exponent(value, text):
+    assert tables.digits(value) == text
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(1, "1 bytes"), (1023, "1.02e+03 bytes"), (2048, "2 KiB"), (64 * 2**20, "64 MiB"), (2**41, "2.05e+03 GiB")],
+)
+def test_sizes_in_the_largest_unit(nbytes, text):
+    assert tables.size(nbytes) == text
+
+
+ROWS = pd.DataFrame(
+    {
+        "seq_len": [512, 512, 256, 256],
+        "variant": ["naive", "tiled", "naive", "tiled"],
+        "causal": [False, True, False, True],
+        "ms": [4.0, np.nan, 1.0, 0.5],
+    }
+)
+
+
+def test_a_grid_has_its_variants_in_the_order_in_which_they_were_measured():
+    frame = tables.grid(ROWS, ROWS["ms"], form=tables.digits).data
+    assert [*frame] == ["seq_len", "naive", "tiled"] and frame["seq_len"].tolist() == [256, 512]
+    assert frame["naive"].tolist() == [1, 4]
+    assert [*tables.grid(ROWS[::-1], ROWS["ms"][::-1]).data] == ["seq_len", "tiled", "naive"]
+
+
+def test_where_there_is_no_figure_stands_a_dash():
+    html = tables.grid(ROWS, ROWS["ms"]).to_html()
+    assert "–" in html and "nan" not in html.lower()
+
+
+def test_a_mask_is_a_word():
+    assert tables.mask(ROWS).tolist() == ["full", "causal", "full", "causal"]
+
+
+def test_the_formula_of_a_law_names_every_term_that_is_there():
+    """In LaTeX; what is zero under the given conditions is left out."""
+    law = VARIANTS["naive"].law
+    text = tables.formula(law, "saved", {c: 0})
+    assert r"\text{weights}" in text and r"\text{output}" in text and "mask" not in text
+    assert r"\text{mask}" in tables.formula(law, "saved")
+    assert all(rf"\text{{{operation}:}}" in tables.formula(law, "backward_peak") for operation in law.backward_peak)
+
+
+def test_the_table_of_accounts_counts_where_all_are_equal():
+    machine, shapes = machine_of("intel-r-xeon-r-processor"), (Shape(1, 1, 64, 8), Shape(1, 1, 65, 8))
+    rows = pd.DataFrame([compare(VARIANTS["naive"], shape, machine) for shape in shapes])
+    rows.loc[1, "saved_ledger_bytes"] += 1
+    (found,) = tables.accounts(rows).data.to_dict("records")
+    assert (found["configurations"], found["saved equal"], found["forward peak equal"]) == (2, 1, 2)
+
+
+def test_a_point_without_a_law_has_a_row_without_its_figures():
+    """sdpa_default: what it needs depends on what PyTorch picks."""
+    machine, shape = machine_of("nvidia-h200"), Shape(1, 1, 64, 8, "bfloat16")
+    rows = pd.DataFrame([{"variant": name, **shape.columns()} for name in ("naive", "sdpa_default")])
+    found = with_laws(rows, machine)
+    assert found["needed_bytes"].notna().tolist() == [True, False] and (found["input_bytes"] == shape.input_bytes).all()
+    assert (found.loc[0, "needed_bytes"] - shape.input_bytes) == found.loc[0, "backward_peak_law_bytes"]
+
+
+@pytest.mark.parametrize("device", ["nvidia-h200", "intel-r-xeon-r-processor"])
+def test_measured_points_lie_above_their_floors(device):
+    """Of chapter 1's committed points most; only a cache undercuts the floor of copies from memory."""
+    rows = load(device, "01_naive_sweep").query("head_dim == 64 and seq_len >= 1024")
+    found = with_floors(rows, machine_of(device, "01")).dropna(subset=["backward_ms"])
+    assert (found["backward_floor_ms"] > 0).all() and {*found["backward_regime"]} <= {"launch", "bandwidth", "compute"}
+    assert (found["backward_ms"] / found["backward_floor_ms"]).median() > 0.9
+
+
+def test_a_colour_belongs_to_a_name_and_not_to_a_place_in_the_table():
+    """So that a new variant changes no figure that is there; and no two have the same."""
+    known = {name: plots.colour(name) for name in VARIANTS}
+    assert len({*known.values()}) == len(known) and known["naive"] == "#de8f05"
+    new = [plots.colour(f"new {at}") for at in range(9)]
+    assert len({*new, *known.values()}) == len(known) + 9
+    assert {name: plots.colour(name) for name in [*VARIANTS][::-1]} == known and plots.colour("new 3") == new[3]
