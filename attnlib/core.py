@@ -25,8 +25,7 @@ class UserError(Exception):
 class Shape:
     """The size of one attention call: q, k, v and o are `[batch, heads, seq_len, head_dim]` of `dtype`.
 
-    Raises UserError for a size that is not a positive integer, an unknown dtype, or a `causal` that is not a bool.
-    """
+    Raises UserError for a size that is not a positive integer, an unknown dtype, or a `causal` that is not a bool."""
 
     batch: int
     heads: int
@@ -59,11 +58,9 @@ class Shape:
 
     def inputs(self, device: str | torch.device = "cpu", seed: int = 0) -> tuple[torch.Tensor, ...]:
         """q, k, v `[B, H, N, D]` from a standard normal distribution, requiring gradients; without data on "meta"."""
-        device = torch.device(device)
-        generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
-        size = (self.batch, self.heads, self.seq_len, self.head_dim)
-        kind = {"dtype": DTYPES[self.dtype], "device": device, "generator": generator}
-        return tuple(torch.randn(size, **kind).requires_grad_() for _ in range(3))
+        generator = torch.Generator("cpu" if torch.device(device).type == "meta" else device).manual_seed(seed)
+        kind = {"dtype": DTYPES[self.dtype], "device": device, "generator": generator, "requires_grad": True}
+        return tuple(torch.randn(self.batch, self.heads, self.seq_len, self.head_dim, **kind) for _ in range(3))
 
     def columns(self) -> dict[str, Any]:
         """The columns that name this shape in every table."""
@@ -90,10 +87,7 @@ def gpu_here(index: int | None) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Machine:
     """A device as it was, with what ran on it: what data/<device>/machine.json holds. Laws, `needs`, floors and replays
-    ask it, never the computer they run on.
-
-    The defaults of a GPU are those of an H100: they stand for a GPU that nothing is known of.
-    """
+    ask it, never the computer they run on. The defaults are an H100's, for a GPU of which nothing is known."""
 
     kind: str  # "cpu" or "cuda"
     name: str = ""  # as the maker calls it
@@ -115,10 +109,8 @@ class Machine:
 
     @classmethod
     def of(cls, device: Device) -> Machine:
-        """The machine behind a device of this computer, as far as laws ask; a Machine is returned as it is.
-
-        A GPU that is not there is taken for an H100. Raises UserError for what is neither a CPU nor a CUDA GPU.
-        """
+        """The machine behind a device of this computer, as far as laws ask; a Machine as it is. A GPU that is not there
+        is taken for an H100. Raises UserError for what is neither a CPU nor a CUDA GPU."""
         if isinstance(device, Machine):
             return device
         try:
@@ -179,8 +171,7 @@ def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: torch.Tenso
     """Attention in float64, the definition every variant is tested against: softmax(q kᵀ/√D + log reach) v.
 
     q, k, v: `[B, H, N, D]`, any dtype; reach: `[N, N]` or `[H, N, N]`, how many times query i sees key j. Returns o
-    `[B, H, N, D]` in float64, differentiable. A query that sees no key gives 0, with gradient 0.
-    """
+    `[B, H, N, D]` in float64, differentiable. A query that sees no key gives 0, with gradient 0."""
     q, k, v = (x.double() for x in (q, k, v))
     sees_any = (reach.sum(-1, keepdim=True) > 0).to(q)
     bias = torch.where(sees_any.bool(), reach.to(q).log(), 0.0)

@@ -140,9 +140,8 @@ def bytes_needed(variant: Variant, shape: Shape, machine: Device, phase: str = "
 
 
 def useful_flops(shape: Shape, phase: str) -> int:
-    """The floating-point operations of dense attention by the convention of FlashAttention's benchmarks: two products
-    over the pairs that are seen in "forward", five in "backward", where a fused kernel computes QKᵀ again; a
-    multiply-add is two. With a causal mask N(N + 1)/2 pairs are seen, else N²."""
+    """Floating-point operations by the convention of FlashAttention's benchmarks: two products over N² pairs, masked
+    N(N + 1)/2, in "forward", five in "backward", where a fused kernel computes QKᵀ again; a multiply-add is two."""
     pairs = shape.seq_len * (shape.seq_len + 1) // 2 if shape.causal else shape.seq_len**2
     return {"forward": 4, "backward": 10}[phase] * shape.batch * shape.heads * shape.head_dim * pairs
 

@@ -32,7 +32,5 @@ def is_missing(figure: object) -> bool:
 
 def lacking(row: Mapping, figures: Iterable[str] = FIGURES) -> list[str]:
     """The columns in which a row whose status is "ok" lacks one of its `figures`; of a point, times and saved bytes."""
-    if row.get("status", "ok") != "ok":
-        return []
     asked = figures if figures is not FIGURES else [f"{phase}_ms" for phase in TIMED] + ["saved_bytes"]
-    return [column for column in asked if is_missing(row.get(column))]
+    return [column for column in asked if row.get("status", "ok") == "ok" and is_missing(row.get(column))]

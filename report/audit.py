@@ -4,8 +4,7 @@ The sources, with the commits that were read: microsoft/torchscale 4d1e0e82 (tor
 fkodom/dilated-attention-pytorch 87cda757 and its descendant DarcStar-Solutions-Tech/dilated-attention-pytorch 8b036b95,
 which published report 004 measures (src/dilated_attention_pytorch/dilated_attention.py); seung7361/longnet 2143586b
 (model.py). A boolean mask over LongNet's own pattern was found nowhere, and is the definition that text often suggests.
-Tensors are `[B, H, N, D]`, configurations those of dilated.dilated.
-"""
+Tensors are `[B, H, N, D]`, configurations those of dilated.dilated."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -126,8 +125,7 @@ def audited(shape: Shape, segment_lengths, dilation_rates, seed: int = 0) -> Ite
 
     Rows: `definition, causal`; `<result>_off`, the Frobenius norm of the difference over the paper's; `zero_rows`, the
     share of rows of the output that are 0; `leak`, by how much the first half of the output changes, relative to its
-    norm, when the second half of the inputs is drawn anew.
-    """
+    norm, when the second half of the inputs is drawn anew."""
     config = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
     draw, half = torch.Generator().manual_seed(seed), shape.seq_len // 2
     size = shape.batch, shape.heads, shape.seq_len, shape.head_dim

@@ -1,8 +1,7 @@
 """Runs the notebooks on a device and turns them into build/<device>/report.html and report.pdf.
 
 `python -m report.build measure` runs everything on this machine, `replay --device nvidia-h200` rebuilds the report from
-committed data. The Makefile's targets `report` and `replay` call it.
-"""
+committed data. The Makefile's targets `report` and `replay` call it."""
 
 import argparse
 import importlib.util
@@ -37,8 +36,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 def execute(notebook: Path, target: Path, parameters: dict):
     """Run a notebook into `target`, which appears only if every cell succeeded.
 
-    Raises UserError with the failing cell's last line, or if the kernel died.
-    """
+    Raises UserError with the failing cell's last line, or if the kernel died."""
     draft = target.with_suffix(".partial.ipynb")
     how = {"kernel_name": "python3", "cwd": notebook.parent, "progress_bar": False, "stderr_file": sys.stderr}
     how["config"] = Config({"KernelManager": {"transport_encryption": "auto"}})  # or each kernel prints a warning
@@ -165,8 +163,7 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = ""):
 
     only: the number of the one notebook that measures ("02"); the others are rebuilt from their data. Raises UserError
     for a number that no notebook has or a parameter that a notebook does not declare, before anything is touched; then
-    for a notebook that fails, or a claim that does not hold.
-    """
+    for a notebook that fails, or a claim that does not hold."""
     if only:
         if not any(notebook.name.startswith(f"{only}_") for notebook in NOTEBOOKS):
             raise UserError(f"no notebook has the number {only!r}")

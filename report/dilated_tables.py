@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 import torch
 
-from attnlib.core import Shape
+from attnlib.core import Device, Shape
 from attnlib.dilated.attention import dilated_variant
-from attnlib.laws import Variant, work
-from attnlib.rows import POINT, shape_of
+from attnlib.laws import Variant, evaluate
+from attnlib.rows import POINT
 from report.stored import published
 from report.tables import NO_FIGURE, digits, table
 
@@ -61,16 +61,17 @@ def along(both: pd.DataFrame, name: str, axis: str):
     return table(frame.assign(**{"KiB per token": rows["kib_per_token"].map(digits)}))
 
 
-def with_counts(rows: pd.DataFrame, points: Sequence[tuple[Variant, Shape]]) -> pd.DataFrame:
+def with_counts(rows: pd.DataFrame, points: Sequence[tuple[Variant, Shape]], machine: Device = "cpu") -> pd.DataFrame:
     """The rows of those points that were measured, with `operations` and `kib_per_token` (forward, inputs included)."""
-    asked = {(variant.name, *shape.columns().values()): variant for variant, shape in points}
-    variants = [asked.get(key) for key in rows[[*POINT]].itertuples(index=False, name=None)]
-    rows = rows.assign(point=variants).dropna(subset="point").reset_index(drop=True)
-    shapes = [shape_of(row) for row in rows.to_dict("records")]
-    operations = [work(*point, "forward") for point in zip(rows["point"], shapes, strict=True)]
-    held = rows["forward_peak_bytes"] + [shape.input_bytes for shape in shapes]
-    kib = held / rows["batch"] / rows["seq_len"] / 1024
-    return rows.drop(columns="point").assign(operations=operations, kib_per_token=kib)
+    asked = {(variant.name, *shape.columns().values()): (variant, shape) for variant, shape in points}
+    keys = [*rows[[*POINT]].itertuples(index=False, name=None)]
+    rows = rows[[key in asked for key in keys]].reset_index(drop=True)
+    found = [asked[key] for key in keys if key in asked]
+    held = rows["forward_peak_bytes"] + [shape.input_bytes for _, shape in found]
+    return rows.assign(
+        operations=[evaluate(variant.flops.forward, shape, machine) for variant, shape in found],
+        kib_per_token=held / rows["batch"] / rows["seq_len"] / 1024,
+    )
 
 
 def gains(rows: pd.DataFrame, base: str) -> pd.DataFrame:

@@ -43,8 +43,7 @@ def trial(case: Case, device: str) -> dict:
     Returns `fits`, None where the device has less memory free than the case asks for; `memory_bytes`, what the process
     may take from the driver; `taken_bytes`, what the device had given to the driver's context, the kernels' code and
     other processes before; `libraries_bytes`, the workspaces that the libraries keep; and, where it does not fit, POOL
-    at the moment of failure and `tried_bytes`.
-    """
+    at the moment of failure and `tried_bytes`."""
     torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{case.allocator == 'expandable'}")
     variant, shape, (free, total) = case.variant, case.shape, torch.cuda.mem_get_info(device)
     if case.memory_bytes > free:
@@ -85,8 +84,7 @@ def search(case: Case, device: str) -> list[dict]:
 
     The law's N and the next are tried first. Where they do not run and fail as predicted, what the pool was seen to
     lose gives the next guess, down to one that runs, and bisection finds the N from which it does not: to the token or,
-    where one MiB holds many, to that MiB. It is 1 where nothing ran.
-    """
+    where one MiB holds many, to that MiB. It is 1 where nothing ran."""
     variant, start = case.variant, in_fresh_process(case, 2, device)  # cuDNN refuses a single key
     if start["fits"] is None:
         return []

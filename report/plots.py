@@ -79,8 +79,7 @@ def legend(figure, ax):
 def curves(rows, columns, *, device, ylabel, dashed, oom_phases, scale=1.0):
     """`columns` ({title: column}) against N, one panel each: measured as dots on a line, predicted (`dashed`) dashed.
 
-    oom_phases: {title: phases}; a point that ran out of memory in one of them is a cross on its predicted value.
-    """
+    oom_phases: {title: phases}; a point that ran out of memory in one of them is a cross on its predicted value."""
     figure, axes = panels(list(columns), xs=rows["seq_len"], device=device, ylabel=ylabel)
     for ax, (title, column) in zip(axes, columns.items(), strict=True):
         for variant, group in rows.groupby("variant", sort=False):
@@ -90,36 +89,6 @@ def curves(rows, columns, *, device, ylabel, dashed, oom_phases, scale=1.0):
             ax.plot(group["seq_len"], group[dashed[title]] / scale, "--", color=own, lw=1, alpha=0.7)
             ax.plot(lost["seq_len"], lost[dashed[title]] / scale, "x", color=own, ms=7, mew=2)
     return legend(figure, axes[0])
-
-
-def block(rows, *, device):
-    """A sweep of the block: time, peak memory and throughput of forward and backward against N, by variant."""
-    columns = {"ms": "forward_backward_ms", "peak GiB": "backward_peak_gib", "tokens per ms": "tokens_per_ms"}
-    lengths = sorted(set(rows["seq_len"]))
-    figure, axes = panels(list(columns), xs=lengths[:: 2 if len(lengths) > 5 else 1], ylabel="", sharey=False)
-    figure.suptitle(device, fontsize=9)
-    for ax, column in zip(axes, columns.values(), strict=True):
-        lines(ax, rows.dropna(subset=[column]), column)
-    return legend(figure, axes[0])
-
-
-def protocol(rows, product_tflop_s, *, device):
-    """TFLOP/s of forward (above) and backward (below) against N, one column per head_dim and mask; `rows` has
-    `forward_tflop_s` and `backward_tflop_s`. The dotted line is the matrix product's rate."""
-    kinds = rows.groupby(["head_dim", "causal"])
-    look = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(2, len(kinds), figsize=(WIDTH, 4.4), **look)
-    figure.suptitle(device, fontsize=9)
-    for row, phase in zip(axes, PHASES, strict=True):
-        row[0].set_ylabel(f"{phase} TFLOP/s")
-        for ax, (_, part) in zip(row, kinds, strict=True):
-            level(ax, product_tflop_s)
-            lines(ax, part, f"{phase}_tflop_s")
-            over_lengths(ax, rows["seq_len"])
-    for top, bottom, (head_dim, causal) in zip(*axes, kinds.groups, strict=True):
-        top.set_title(f"D {head_dim}, {'causal' if causal else 'full'}")
-        bottom.set_xlabel("N")
-    return legend(figure, axes[0][0])
 
 
 def roofline(points, *, copy_gb_s, product_tflop_s, device):
@@ -153,25 +122,3 @@ def ratios(rows, *, device, ylabel="naive ÷ flash"):
             line(ax, cell["seq_len"], cell["ratio"], own, f"{dtype}, D {head_dim}", "-")
         times(ax, between)
     return legend(figure, axes[0])
-
-
-def patterns(reaches, *, counts):
-    """Who sees whom: one square per `{title: [N, N] tensor}`, queries down and keys across, darker where seen in more
-    of up to `counts` branches."""
-    size = (WIDTH, WIDTH / len(reaches) + 0.5)
-    figure, (axes,) = plt.subplots(1, len(reaches), figsize=size, squeeze=False, layout="constrained")
-    for ax, (title, seen) in zip(axes, reaches.items(), strict=True):
-        ax.imshow(seen, cmap="Blues", vmin=0, vmax=counts, interpolation="nearest")
-        ax.set(title=title, xticks=[], yticks=[], xlabel="keys")
-    axes[0].set_ylabel("queries")
-    return figure
-
-
-def reached(shares, *, device):
-    """The share of pairs that see each other against their distance, a line per `{label: (distances, shares)}`."""
-    figure, ax = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
-    for own, (label, (distances, share)) in zip(sns.color_palette("colorblind"), shares.items(), strict=False):
-        edges, share = [*distances, 2 * distances[-1]], [*share, share[-1]]
-        ax.step(edges, share, "-", where="post", color=own, lw=1, label=label)
-    ax.set(xscale="log", yscale="log", xlabel="distance |i − j|", ylabel="share of pairs seen", title=device)
-    return legend(figure, ax)

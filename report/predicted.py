@@ -1,7 +1,7 @@
 """Rows beside what was predicted for them: laws, floors, ledgers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -9,7 +9,7 @@ from attnlib import variant
 from attnlib.core import Machine, Shape
 from attnlib.laws import ACCOUNTS, Variant, law_of
 from attnlib.memory import check
-from attnlib.rows import POINT, shape_of
+from attnlib.rows import POINT, is_missing, shape_of
 from attnlib.timing.floor import floor
 
 
@@ -40,3 +40,16 @@ def booked(cases: Sequence[tuple[Variant, Shape]], machine: Machine, seen: pd.Da
     there = set(seen[[*POINT]].itertuples(index=False, name=None))
     rows = [check.compare(*one, machine) for one in cases if (one[0].name, *one[1].columns().values()) in there]
     return pd.DataFrame(check.with_observed(rows, seen.to_dict("records")))
+
+
+def agreement(rows: pd.DataFrame, variants: Mapping[str, Variant], machine: Machine) -> dict[str, tuple[int, int]]:
+    """`{account: (measured, equal)}` over the rows of a sweep: on how many of them law = ledger = allocator. What was
+    not measured, and a row of a variant without a law there, is left out."""
+    found = dict.fromkeys(ACCOUNTS, (0, 0))
+    for row in rows.to_dict("records"):
+        both = check.compare(variants[row["variant"]], shape_of(row), machine)
+        for account, (measured, agreeing) in found.items() if "saved_law_bytes" in both else ():
+            if not is_missing(seen := row[f"{account}_bytes"]):
+                _, equal = check.sources_of({**both, f"{account}_requested_bytes": seen}, account, machine)
+                found[account] = measured + 1, agreeing + equal
+    return found

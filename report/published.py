@@ -1,8 +1,7 @@
 """Read an implementation off a published memory table: the sums of tensors that print every one of its figures.
 
 A closed form is a whole number of each of TERMS. Which ones print the table is found; which tensors those were is
-inferred.
-"""
+inferred."""
 
 import csv
 import re
@@ -87,8 +86,7 @@ def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: Terms 
     """Every choice of 0 to `limit` of each term that prints all figures of `column`, the fewest tensors first.
 
     rows: from `read`; terms: `{name: bytes}`, positive formulas in the symbols of laws. The arithmetic is exact: 22.3
-    MiB are 22.25 to 22.35 MiB, both included. Raises UserError if there are no figures.
-    """
+    MiB are 22.25 to 22.35 MiB, both included. Raises UserError if there are no figures."""
     rows, unit, sizes = _sizes(rows, column, terms)
     exact = np.array([Fraction(figure) for figure in rows[column]])
     half = np.array([Fraction(1, 2 * 10 ** _decimals(figure)) for figure in rows[column]])
@@ -114,8 +112,7 @@ def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: Terms 
 def dependencies(rows: pd.DataFrame, column: str, terms: Terms = TERMS) -> list[dict[str, int]]:
     """What `column` cannot tell apart: sums of terms that are 0 in every row, `{"S": 1, "M": -32}` for S = 32 M.
 
-    All such sums are combinations of these. Raises UserError if there are no figures.
-    """
+    All such sums are combinations of these. Raises UserError if there are no figures."""
     _, _, sizes = _sizes(rows, column, terms)
     found = []
     for vector in sympy.Matrix([list(column) for column in sizes.values()]).T.nullspace():

@@ -1,27 +1,72 @@
 """What notebooks 03 and 04 make of their rows: rates, kernels that were picked, errors, and crossovers.
 
-A crossover is the length from which on one variant wins: in time by races, in memory by laws.
-"""
+A crossover is the length from which on one variant wins: in time by races, in memory by laws."""
 
 import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import product
 
+import numpy as np
 import pandas as pd
+import torch
 
 from attnlib.accuracy import RESULTS
 from attnlib.core import PHASES, Machine, Shape
-from attnlib.laws import Variant, bytes_needed, useful_flops
+from attnlib.laws import Variant, bytes_needed, useful_flops, work
 from attnlib.memory.fit import at_length
 from attnlib.memory.ledger import ledger
 from attnlib.rows import shape_of
-from attnlib.timing.race import duel_jobs, duels
+from attnlib.timing.clock import longest_kernel
+from attnlib.timing.machine import square_product
+from attnlib.timing.race import BATCHES, batch, duel_jobs, duels, passes, ratio
+from attnlib.timing.sweep import Job, Row, point_name
 from report.run import Run, say
 from report.tables import digits, grid, table
 
 DUEL_KEYS = ["dtype", "head_dim", "phase"]  # what a crossover is looked for in
 RACE_KEYS = ["head_dim", "causal", "seq_len", "phase"]  # what names a race
 OF_DEFAULT = ["of_default", "of_default_low", "of_default_high"]
+
+
+def race(entries: Sequence[tuple[Variant, Shape]], device: str, phase: str, budget_s: float, whole: bool) -> list[Row]:
+    """A row for each `(variant, shape)`, all taking turns: the shape's columns, `phase, variant, ms, tflop_s`.
+
+    In a `whole` race a matrix product of the same dtype takes turns with them, and a row has more: its `gemm_ms` and
+    `gemm_tflop_s`; `share`, the rate of useful operations over the product's; `of_default`, how many times as fast as
+    the first entry it is, with `_low` and `_high`; the `kernel` that ran longest; and, as the reference for the clock,
+    `do_bench_ms` on CUDA: triton's do_bench on the same call, as its documentation shows."""
+    matmul, matmul_flops = square_product(device, entries[0][1].dtype) if whole else (None, 0)
+    others = [matmul] if matmul else []
+    times = [batch(entries, device, phase, seed, budget_s / BATCHES, *others) for seed in range(BATCHES)]
+    medians = np.median(np.concatenate(times), axis=0).tolist()
+    found = []
+    for place, ((variant, shape), ms) in enumerate(zip(entries, medians[len(others) :], strict=True), 1):
+        row: Row = {**shape.columns(), "phase": phase, "variant": variant.name, "ms": ms}
+        row["tflop_s"] = work(variant, shape, phase) / ms / 1e9
+        if whole:
+            call, won = passes(variant, shape, device, phase, 0), ratio(times, 1, place)
+            row |= {"gemm_ms": medians[0], "gemm_tflop_s": matmul_flops / medians[0] / 1e9}
+            row |= {"share": row["tflop_s"] / row["gemm_tflop_s"], "kernel": longest_kernel(call, device)}
+            row |= {"of_default": won["ratio"], "of_default_low": won["low"], "of_default_high": won["high"]}
+            row["do_bench_ms"] = None
+            if torch.device(device).type == "cuda":
+                from triton.testing import do_bench
+
+                row["do_bench_ms"] = do_bench(call, return_mode="median")
+        found.append(row)
+    return found
+
+
+def race_jobs(
+    groups: Sequence[Sequence[tuple[Variant, Shape]]], device: str, budget_s: float, *, whole: bool = False
+) -> list[Job]:
+    """`race` of each group, forward and backward."""
+    jobs = []
+    for group, phase in product(groups, PHASES):
+        name = f"{phase} {', '.join(point_name(*entry) for entry in group)}"
+        jobs.append(Job(name, race, (group, device, phase, budget_s, whole)))
+    return jobs
 
 
 def ended(rows: pd.DataFrame, column: str, unit: float = 1):
@@ -78,8 +123,7 @@ def duelled(run: Run, name: str, pairs: Sequence[tuple[Variant, Variant, Shape, 
 def crossing(lengths: Iterable[int], values: Iterable[float]) -> float:
     """The N from which on all values exceed one: between two lengths by a straight line through log(value) over log N.
 
-    The shortest length if that is so everywhere, infinity if it is not so at the longest.
-    """
+    The shortest length if that is so everywhere, infinity if it is not so at the longest."""
     points = sorted(zip(lengths, values, strict=True), reverse=True)
     if points[0][1] <= 1:
         return math.inf

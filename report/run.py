@@ -73,8 +73,7 @@ class Run:
     `device` is "auto", "cpu", "cuda" or "cuda:1", measured now; with `replay` it is a folder of data/ and nothing is
     measured. `machine` is what it was measured on: in a replay nothing asks the computer at hand. anew: measure the
     device's ceilings again, else only if this machine had none before. Raises UserError for an unknown device or
-    profile, or a folder without data.
-    """
+    profile, or a folder without data."""
 
     def __init__(self, notebook, device="auto", profile_name="full", replay=False, *, anew=False):
         self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
@@ -95,8 +94,7 @@ class Run:
     def sweep(self, name: str, points: Sequence[tuple[Variant, Shape]], budget_s: float | None = None) -> pd.DataFrame:
         """The rows of `(variant, shape)` points, measured now, or loaded if this is a replay: then those there are.
 
-        budget_s: seconds of timing for each point, where it is not the profile's.
-        """
+        budget_s: seconds of timing for each point, where it is not the profile's."""
         if not self.replay:
             jobs = point_jobs(points, self.device, budget_s or self.profile.budget_s)
             self._collect(name, jobs, worker=self.worker, timeout_s=self.profile.timeout_s)
@@ -106,8 +104,7 @@ class Run:
         """The rows of any other jobs, as `sweep`. numbers: the columns that must be there and be numbers; lanes: how
         many jobs may run side by side, as far as the device's memory has room for what they claim.
 
-        Raises UserError if the rows cannot be written, or in a replay if they are not there (see `has`) or damaged.
-        """
+        Raises UserError if the rows cannot be written, or in a replay if they are not there (see `has`) or damaged."""
         if not self.replay:
             apart = lanes > 1 or any(job.process is not None or job.here for job in jobs)
             room_bytes = self.worker.call(memory_free, self.device) if lanes > 1 else 0
@@ -148,8 +145,7 @@ class Run:
     def claim(self, text: str, predicted, measured, holds: bool | None = None):
         """Put a sentence to the test: show it with its two figures; the build refuses a report in which one fails.
 
-        It holds if `predicted == measured`, unless `holds` says otherwise.
-        """
+        It holds if `predicted == measured`, unless `holds` says otherwise."""
         holds = bool(predicted == measured if holds is None else holds)
         found = Claim(claim=text, predicted=str(predicted), measured=str(measured), holds=holds)
         self.claims.append(found)

@@ -31,8 +31,7 @@ def machines(folder: Path) -> dict[str, dict]:
 
     Beside what a Machine holds, `dates` and `rows` say for each CSV when it was measured and how many rows it got,
     `remarks` what a reader must know about some of them. Raises UserError if the folder is none of `devices()`, or the
-    file is damaged.
-    """
+    file is damaged."""
     if folder.name not in devices() or folder.parent != ROOT / "data":
         raise UserError(f"no data for device {folder.name!r} (there is: {', '.join(devices())})")
     try:
@@ -93,8 +92,7 @@ def rows_of(path: Path, numbers: Iterable[str] = (), names: Iterable[str] = ()) 
 
     Raises UserError if it cannot be read, is empty, has other rows than machine.json counts or some that are `unsound`,
     lacks one of the columns `numbers`, has a variant that is none of `names`, or if it holds rows of more than one
-    machine or torch version, or of a machine that machine.json does not describe.
-    """
+    machine or torch version, or of a machine that machine.json does not describe."""
     known, where, numbers = machines(path.parent), path.relative_to(ROOT), list(numbers)
     try:
         header = pd.read_csv(path, nrows=0).columns
@@ -128,8 +126,7 @@ def load(device: str, name: str, names: Iterable[str] = ()) -> pd.DataFrame:
 def machine_of(folder: str, prefix: str = "") -> Machine:
     """The machine that the first CSV of data/<folder>/ whose name starts with `prefix` was measured on.
 
-    Its `date` names the day of each of these CSVs. Raises UserError if there is no such data.
-    """
+    Its `date` names the day of each of these CSVs. Raises UserError if there is no such data."""
     known = machines(ROOT / "data" / folder)
     paths = sorted((ROOT / "data" / folder).glob(f"{prefix or '[0-9]'}*.csv"))
     if not paths:
@@ -142,8 +139,7 @@ def machine_of(folder: str, prefix: str = "") -> Machine:
 def published(name: str) -> pd.DataFrame:
     """Another report's table, data/published/<name>.csv: times in ms, memory in MiB, or MB where the column says so.
 
-    Raises UserError, as published.read does, for a damaged table.
-    """
+    Raises UserError, as published.read does, for a damaged table."""
     path = ROOT / "data" / "published" / f"{name}.csv"
     read(path)
     return pd.read_csv(path)

@@ -46,8 +46,7 @@ def grid(
 ) -> Styler:
     """A table of `cells`, one for each row, by the columns `index` and the values of `columns`, as these first come.
 
-    form: of the cells where they are numbers.
-    """
+    form: of the cells where they are numbers."""
     frame = rows.assign(cell=cells).pivot(index=index, columns=columns, values="cell")[rows[columns].unique()]
     names = [str(name) for name in frame]
     return table(frame.set_axis(names, axis=1).reset_index(), dict.fromkeys(names, form) if form else None)
@@ -56,8 +55,7 @@ def grid(
 def formula(law: Law, account: str, given: Mapping | None = None) -> str:
     """An account of a law in LaTeX, a line for each moment, each term named; a peak is the largest of its moments.
 
-    given: `{symbol or condition: value}` put in first.
-    """
+    given: `{symbol or condition: value}` put in first."""
     lines = []
     for operation, terms in law.moments(account).items():
         shown = {name: sympy.sympify(term).subs(given or {}) for name, term in terms.items()}
@@ -82,8 +80,7 @@ def accounts(rows: pd.DataFrame) -> Styler:
 def slack(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of frontier.search with `slack_bytes`, the room that the law saw left for the N that failed, and who had it.
 
-    rounding_bytes: in blocks larger than asked for; holes_bytes: reserved from the driver and in no block.
-    """
+    rounding_bytes: in blocks larger than asked for; holes_bytes: reserved from the driver and in no block."""
     return rows.assign(
         slack_bytes=(rows["memory_bytes"] - rows["need_bytes"]).clip(lower=0),
         rounding_bytes=rows["allocated_bytes"] - rows["requested_bytes"],

@@ -1,7 +1,6 @@
 """The bytes that a variant really moves through a GPU's memory, from its hardware counters, read by Nsight Compute.
 
-`python -m report.traffic SHAPE DEVICE VARIANT …` is what the profiler runs; `counted` calls it.
-"""
+`python -m report.traffic SHAPE DEVICE VARIANT …` is what the profiler runs; `counted` calls it."""
 
 import io
 import json

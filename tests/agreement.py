@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from attnlib import family, variant
 from attnlib.core import Shape
 from attnlib.rows import POINT, TIMED, shape_of
-from attnlib.timing.clock import do_bench_ms, time_passes
+from attnlib.timing.clock import time_passes
 from attnlib.timing.machine import describe, resolve
 from attnlib.timing.race import passes
 from attnlib.timing.sweep import collect, point_jobs
@@ -37,7 +37,9 @@ SHORTEST_MS = 0.1  # of what is compared: below, the timers' own cost shows
 def reference_ms(fn: Callable, device: str, budget_s: float) -> float:
     """The median time of `fn` by the reference timer, called as its documentation shows."""
     if device != "cpu":
-        return do_bench_ms(fn)
+        from triton.testing import do_bench
+
+        return do_bench(fn, rep=1e3 * budget_s, return_mode="median")
     from torch.utils.benchmark import Timer
 
     timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())

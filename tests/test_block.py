@@ -5,7 +5,7 @@ import torch
 
 from attnlib import VARIANTS
 from attnlib.core import Shape
-from attnlib.memory.allocator import account, observe
+from attnlib.memory.allocator import account
 from attnlib.memory.check import observed
 from attnlib.timing.measure import measure
 from attnlib.timing.race import batch, passes
@@ -57,8 +57,9 @@ def test_the_memory_of_a_block_is_more_than_that_of_its_attention(device):
     shape, seen = Shape(1, 2, 64, 8), []
     for variant in (VARIANTS["naive"], in_block(VARIANTS["naive"])):
         inputs = variant.inputs(shape, device)
-        observe(variant, *inputs, causal=False, backward=True)  # makes the libraries' workspaces
-        seen.append(account(variant, *inputs, causal=False, backward=True))
+        for _ in range(2):  # the first makes the libraries' workspaces
+            found = account(variant, *inputs, causal=False, backward=True)
+        seen.append(found)
     assert all(seen[0][f"{which}_bytes"] < seen[1][f"{which}_bytes"] for which in ("saved", "backward_peak"))
 
 

@@ -15,7 +15,6 @@ from attnlib.dilated.attention import dilated_reach, dilated_variant
 from attnlib.dilated.kernels import KERNELS
 from attnlib.dilated.views import HEAD_OFFSETS, MAX_GRID_AXIS, branch_views
 from attnlib.laws import ACCOUNTS, evaluate, law_of
-from attnlib.memory.allocator import observe
 
 # segment lengths, dilation rates, batch, heads, length
 CONFIGS = [
@@ -174,7 +173,7 @@ def test_bad_configurations_get_one_line(fn, change, message):
 
 
 @pytest.mark.parametrize("fn", [dilated, dilated_reference])
-@pytest.mark.parametrize("many", [list, np.array, iter, torch.tensor], ids=str)
+@pytest.mark.parametrize("many", [list, np.array, iter, torch.tensor], ids=["list", "array", "iter", "tensor"])
 def test_lists_may_be_anything_in_order(fn, many):
     inputs = Shape(1, 2, 16, 4).inputs()
     want = fn(*inputs, segment_lengths=(4, 8), dilation_rates=(1, 2))

@@ -1,4 +1,4 @@
-"""Who is faster, and how sure we are: the logic of races on fixed numbers, and one real race."""
+"""Who is faster, and how sure we are: the logic of duels, on fixed numbers."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ import pytest
 from attnlib import VARIANTS
 from attnlib.core import Shape, UserError
 from attnlib.timing import race as races
-from attnlib.timing.race import BATCHES, duel_jobs, duels, heat_jobs, interval, race, race_jobs, ratio
+from attnlib.timing.race import BATCHES, duel_jobs, duels, interval, ratio
 
 NAIVE, MATH = VARIANTS["naive"], VARIANTS["sdpa_math"]
 SHAPE = Shape(1, 1, 16, 8)
@@ -134,27 +134,3 @@ def test_a_batch_of_a_duel_is_a_row(worker):
 def test_a_phase_that_is_none_is_refused():
     with pytest.raises(UserError, match="phase must be forward or backward, not 'Forward'"):
         races.passes(NAIVE, SHAPE, "cpu", "Forward", 0)
-
-
-def test_a_race_holds_all_against_the_product_and_the_first():
-    variants = [VARIANTS[name] for name in ("sdpa_default", "sdpa_math", "sdpa_cudnn")]
-    rows = race(Shape(1, 2, 128, 16), "cpu", "backward", variants, 0.05)
-    assert [row["variant"] for row in rows] == ["sdpa_default", "sdpa_math"], "the third cannot run there"
-    assert rows[0]["of_default"] == rows[0]["of_default_low"] == rows[0]["of_default_high"] == 1
-    assert all(row["share"] > 0 and row["kernel"] and row["do_bench_ms"] is None for row in rows)
-    assert len({row["gemm_ms"] for row in rows}) == 1
-
-
-def test_a_heat_has_the_rate_of_useful_operations(worker):
-    (job, _) = heat_jobs([[(NAIVE, SHAPE), (MATH, SHAPE)]], "cpu", 0.01)
-    rows = worker.call(job.function, *job.arguments)
-    assert [row["variant"] for row in rows] == ["naive", "sdpa_math"]
-    assert all(row["tflop_s"] == pytest.approx(4 * 8 * 16**2 / row["ms"] / 1e9) for row in rows)
-
-
-def test_jobs_of_races_and_heats_are_told_apart():
-    shapes = [SHAPE, Shape(1, 1, 32, 8, causal=True)]
-    raced = race_jobs(shapes, "cpu", [MATH, NAIVE], 0.1)
-    heated = heat_jobs([[(NAIVE, shape)] for shape in shapes], "cpu", 0.1)
-    assert len({job.name for job in raced}) == len({job.name for job in heated}) == 4
-    assert all(job.process is None for job in raced + heated)

@@ -1,4 +1,4 @@
-"""What the notebooks make of races: names of kernels, crossovers in time and in memory, and PyTorch's choice."""
+"""What the notebooks make of races: one real race, names of kernels, crossovers in time and memory, PyTorch's choice."""
 
 import math
 
@@ -10,6 +10,30 @@ from attnlib.core import Machine, Shape
 from attnlib.laws import bytes_needed
 from attnlib.memory.fit import at_length
 from report import races
+
+
+def test_a_race_holds_all_against_the_product_and_the_first(device):
+    entries = [(VARIANTS[name], Shape(1, 2, 128, 16)) for name in ("sdpa_default", "sdpa_math")]
+    rows = races.race(entries, device, "backward", 0.05, True)
+    assert [row["variant"] for row in rows] == ["sdpa_default", "sdpa_math"]
+    assert rows[0]["of_default"] == rows[0]["of_default_low"] == rows[0]["of_default_high"] == 1
+    assert all(row["share"] > 0 and row["kernel"] and (row["do_bench_ms"] is None) == (device == "cpu") for row in rows)
+    assert len({row["gemm_ms"] for row in rows}) == 1
+
+
+def test_a_race_among_themselves_has_the_rate_of_useful_operations(worker):
+    """Of shapes of its own each; what only a whole race has is not there."""
+    entries = [(VARIANTS["naive"], Shape(1, 1, n, 8)) for n in (16, 32)]
+    (job, _) = races.race_jobs([entries], "cpu", 0.01)
+    rows = worker.call(job.function, *job.arguments)
+    assert [row["seq_len"] for row in rows] == [16, 32] and "share" not in rows[0]
+    assert all(row["tflop_s"] == pytest.approx(4 * 8 * row["seq_len"] ** 2 / row["ms"] / 1e9) for row in rows)
+
+
+def test_jobs_of_races_are_told_apart():
+    shapes = [Shape(1, 1, 16, 8), Shape(1, 1, 32, 8, causal=True)]
+    jobs = races.race_jobs([[(VARIANTS["naive"], shape)] for shape in shapes], "cpu", 0.1)
+    assert len({job.name for job in jobs}) == 4 and all(job.process is None for job in jobs)
 
 
 @pytest.mark.parametrize(

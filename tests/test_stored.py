@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from attnlib import FAMILIES
 from attnlib.core import Machine, UserError
 from attnlib.rows import FIGURES, POINT, SCHEMA
 from report import stored
@@ -55,7 +56,7 @@ def test_a_damaged_csv_is_refused_in_one_line(h200, damage):
         rows = DAMAGES[damage](rows)
     rows.to_csv(path, index=False)
     with pytest.raises(UserError) as error:
-        stored.load("nvidia-h200", "01_naive_sweep")
+        stored.load("nvidia-h200", "01_naive_sweep", FAMILIES["plain"])
     assert "\n" not in str(error.value) and "01_naive_sweep.csv" in str(error.value)
 
 

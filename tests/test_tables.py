@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from attnlib import VARIANTS
-from attnlib.core import Shape
-from attnlib.laws import c
+from attnlib.core import Machine, Shape
+from attnlib.laws import ACCOUNTS, c
 from attnlib.memory.check import compare
 from report import plots, tables
-from report.predicted import with_floors, with_laws
+from report.predicted import agreement, with_floors, with_laws
 from report.stored import load, machine_of
 
 
@@ -81,6 +81,24 @@ def test_a_point_without_a_law_has_a_row_without_its_figures():
     found = with_laws(rows, machine)
     assert found["needed_bytes"].notna().tolist() == [True, False] and (found["input_bytes"] == shape.input_bytes).all()
     assert (found.loc[0, "needed_bytes"] - shape.input_bytes) == found.loc[0, "backward_peak_law_bytes"]
+
+
+def test_the_tally_counts_what_was_measured_and_what_agrees():
+    """To the byte on a GPU; the CPU's allocator may count a wrapped number more, and never less than the law."""
+    shape = Shape(1, 1, 10, 4)
+    law = {f"{a}_bytes": VARIANTS["naive"].law.bytes(a, shape, Machine("cuda")) for a in ACCOUNTS}
+    row = {"variant": "naive", **shape.columns(), **law}
+    rows = [row, row | {"saved_bytes": 561, "backward_peak_bytes": None}]
+    found = {"saved": (2, 1), "forward_peak": (2, 2), "backward_peak": (1, 1)}
+    assert agreement(pd.DataFrame(rows), VARIANTS, Machine("cuda")) == found
+    assert agreement(pd.DataFrame(rows), VARIANTS, Machine("cpu"))["saved"] == (2, 2)
+    assert agreement(pd.DataFrame([row | {"saved_bytes": 559}]), VARIANTS, Machine("cpu"))["saved"] == (1, 0)
+
+
+def test_a_point_without_a_law_is_not_counted():
+    """No law, no agreement: a row of `sdpa_default` is measured and held against nothing."""
+    row = {"variant": "sdpa_default", **Shape(1, 1, 10, 4).columns(), **{f"{a}_bytes": 1 for a in ACCOUNTS}}
+    assert agreement(pd.DataFrame([row]), VARIANTS, Machine("cpu")) == dict.fromkeys(ACCOUNTS, (0, 0))
 
 
 @pytest.mark.parametrize("device", ["nvidia-h200", "intel-r-xeon-r-processor"])

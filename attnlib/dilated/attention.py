@@ -145,8 +145,7 @@ def dilated(
     kernel: which one of kernels.KERNELS runs underneath; by default the first that takes such inputs.
 
     Saved for the backward pass are the output and one float32 per row and head. A query that no branch keeps gives 0,
-    with gradient 0. Raises UserError as dilated_reference does, and for a kernel that cannot run there.
-    """
+    with gradient 0. Raises UserError as dilated_reference does, and for a kernel that cannot run there."""
     check_inputs(q, k, v, causal)
     branches = branches_of(segment_lengths, dilation_rates, head_offsets)
     batch, heads, seq_len, head_dim = q.shape

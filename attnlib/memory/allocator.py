@@ -64,8 +64,7 @@ def observe(variant: Variant, *inputs: torch.Tensor, causal: bool, backward: boo
     """One forward pass, and one backward pass if asked for, under the eyes of the allocator of the inputs' device.
 
     inputs: what `variant.inputs` makes, `[B, H, N, D]` each of q, k, v. Run something small first, so that the
-    libraries' workspaces exist. Raises torch.OutOfMemoryError where it does not fit.
-    """
+    libraries' workspaces exist. Raises torch.OutOfMemoryError where it does not fit."""
 
     def passes() -> Iterator[None]:
         o = variant.fn(*inputs, causal=causal)
@@ -87,8 +86,7 @@ def account(variant: Variant, *inputs: torch.Tensor, causal: bool, backward: boo
     """What `observe` sees, as the columns of a row: `saved_bytes`, `forward_peak_bytes`, `backward_peak_bytes`.
 
     `memory_before_backward_bytes` is all that is allocated then, inputs and library workspaces included, as published
-    reports print it; `reserved_peak_bytes` is there on CUDA only.
-    """
+    reports print it; `reserved_peak_bytes` is there on CUDA only."""
     seen = observe(variant, *inputs, causal=causal, backward=backward)
     total = seen.total or seen.requested["saved"] + sum(x.nbytes for x in inputs)
     figures = {f"{account}_bytes": nbytes for account, nbytes in seen.requested.items()}

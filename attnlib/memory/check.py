@@ -103,16 +103,3 @@ def mismatches(rows: Iterable[Mapping], variants: Mapping[str, Variant], machine
             operation, terms = variants[row["variant"]].law.at(account, shape, machine)
             found.append(f"{row['variant']} {shape}: {account}: {text}; law at {operation}: {terms}")
     return found
-
-
-def agreement(rows: Iterable[Mapping], variants: Mapping[str, Variant], machine: Device) -> dict[str, tuple[int, int]]:
-    """`{account: (measured, equal)}` over the rows of a sweep: on how many of them law = ledger = allocator. What was
-    not measured, and a row of a variant without a law there, is left out."""
-    found = dict.fromkeys(ACCOUNTS, (0, 0))
-    for row in rows:
-        booked = compare(variants[row["variant"]], shape_of(row), machine)
-        for account, (measured, agreeing) in found.items() if "saved_law_bytes" in booked else ():
-            if not is_missing(seen := row[f"{account}_bytes"]):
-                _, equal = sources_of({**booked, f"{account}_requested_bytes": seen}, account, machine)
-                found[account] = measured + 1, agreeing + equal
-    return found

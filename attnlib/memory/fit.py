@@ -76,8 +76,7 @@ def explain(
     """What fits, in words and a table: the largest N, what fills the memory there, and who of `variants` gets further.
 
     use: "inference" or "training". Inference is a forward pass that still records a graph; under torch.no_grad a little
-    more may fit. Raises UserError for a variant that has no law or no one largest N, or does not take such shapes.
-    """
+    more may fit. Raises UserError for a variant that has no law or no one largest N, or does not take such shapes."""
     machine, two, phase, name = Machine.of(machine), at_length(shape, 2), USES[use], variant.name
     if not variant.law:
         raise UserError(f"{name} has no law: what it needs depends on what runs underneath")

@@ -30,8 +30,7 @@ class Ledger(TorchDispatchMode):
     traffic_bytes: what the operation reads and writes, each operand once. largest_bytes: its largest operand. alive:
     `{name: bytes}` of the storages alive at its end that were not there when the ledger was opened, each named after
     the operation that made it; alive_bytes: their sum. No ledger sees into a kernel: `hidden`, `{op: bytes}`, tells
-    what operations take for themselves, and on a GPU the softmax's backward gets a row for its first step.
-    """
+    what operations take for themselves, and on a GPU the softmax's backward gets a row for its first step."""
 
     def __init__(self, machine: Device = "cpu", hidden: dict[str, int] | None = None) -> None:
         super().__init__()
@@ -79,8 +78,7 @@ def ledger(variant: Variant, shape: Shape, machine: Device = "cpu") -> list[dict
 
     `machine` says whose kernels are accounted for; it need not be there. The tensors are on PyTorch's meta device,
     several times as fast as FakeTensorMode. Where a variant is not `ledgered`, raises what its operations raise there.
-    Phases: "forward", whose last row, "return", tells what stays alive; "upstream", which makes do; "backward".
-    """
+    Phases: "forward", whose last row, "return", tells what stays alive; "upstream", which makes do; "backward"."""
     machine, law = Machine.of(machine), law_of(variant, shape, machine)
     hidden = {op: evaluate(nbytes, shape, machine) for op, nbytes in law.hidden.items()} if law else {}
     fn = partial(variant.traced, machine=machine) if variant.traced else variant.fn

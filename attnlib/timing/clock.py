@@ -34,8 +34,7 @@ def milliseconds(
     """`[rounds, len(functions)]`: each call's time, the functions taking turns in an order drawn for each round.
 
     On CUDA each call is queued behind a kernel that waits for `wait_ms`. What the host launches in that time runs at
-    the device's pace alone; what takes longer to launch does not.
-    """
+    the device's pace alone; what takes longer to launch does not."""
     times, order = np.zeros((rounds, len(functions))), list(range(len(functions)))
     on_gpu, marks = torch.device(device).type == "cuda", []
     flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device) if on_gpu else None
@@ -68,8 +67,7 @@ def time_passes(fn: Callable, device: str | torch.device, budget_s: float) -> li
     On CUDA by triton.testing.do_bench: device events, the L2 cache flushed before each pass, six warm-ups of its own.
     On the CPU by torch.utils.benchmark.Timer with all of torch's threads, after five warm-ups (fewer where they alone
     would use up half the budget); where a pass is shorter than about a millisecond each figure is the mean over a block
-    of passes. Where fewer than six passes fit, by `milliseconds`, which needs no more of them.
-    """
+    of passes. Where fewer than six passes fit, by `milliseconds`, which needs no more of them."""
     on_gpu, begun, estimate_s = torch.device(device).type == "cuda", time.perf_counter(), 0.0
     for _ in range(2 if on_gpu else 5):
         started = time.perf_counter()
@@ -113,4 +111,4 @@ def statistics(phase: str, times_ms: Sequence[float]) -> dict[str, float]:
     """The columns of one timed phase: median, 20th and 80th percentile, mean, standard deviation, number of samples."""
     p20, p50, p80 = np.quantile(times_ms, [0.2, 0.5, 0.8]).tolist()
     figures = (p50, p20, p80, float(np.mean(times_ms)), float(np.std(times_ms)), len(times_ms))
-    return {f"{phase}_ms{name}": figure for name, figure in zip(STATISTICS, figures, strict=True)}
+    return dict(zip((f"{phase}_ms{name}" for name in STATISTICS), figures, strict=True))

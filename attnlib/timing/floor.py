@@ -2,8 +2,7 @@
 
 The roofline model (Williams, Waterman, Patterson 2009), with a third ceiling for what an operation costs before it
 does anything. How far above it a measurement lies is the finding. Only a cache can undercut it: an operation that finds
-its operands there does not wait for memory.
-"""
+its operands there does not wait for memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 from attnlib.core import PHASES, Machine, Shape
 from attnlib.laws import Variant
 from attnlib.memory.ledger import ledger
-
-REGIMES = ("launch", "bandwidth", "compute")
 
 
 def rate_at(rates: Mapping, nbytes: int) -> float:
@@ -26,8 +23,7 @@ def operations(variant: Variant, shape: Shape, machine: Machine, rates: str = "c
     """The ledger of `variant` with the time each operation needs at least, in milliseconds.
 
     bandwidth_ms: its bytes at the copy rate of tensors of its size (or another of the ceilings' `rates`); compute_ms:
-    its matrix product at the GEMM rate; execution_ms: the larger of the two.
-    """
+    its matrix product at the GEMM rate; execution_ms: the larger of the two."""
     found = []
     for row in ledger(variant, shape, machine):
         if row["phase"] in PHASES and row["op"] != "return":
@@ -41,8 +37,7 @@ def floor(variant: Variant, shape: Shape, machine: Machine, rates: str = "copy_g
     """`<phase>_floor_ms` and `<phase>_regime` for forward and backward.
 
     The operations run one after the other while the next ones are being launched, so the whole takes at least the sum
-    of their execution times and at least the sum of their launches. The regime is what the larger sum is made of.
-    """
+    of their execution times and at least the sum of their launches. The regime is what the larger sum is made of."""
     ops = operations(variant, shape, machine, rates)
     found: dict[str, Any] = {}
     for phase in PHASES:
@@ -50,7 +45,6 @@ def floor(variant: Variant, shape: Shape, machine: Machine, rates: str = "copy_g
         launch = len(mine) * machine.ceilings["launch_us"] / 1e3
         compute = sum(op["execution_ms"] for op in mine if op["compute_ms"] > op["bandwidth_ms"])
         bandwidth = sum(op["execution_ms"] for op in mine if op["compute_ms"] <= op["bandwidth_ms"])
-        parts = (launch if launch > bandwidth + compute else 0.0, bandwidth, compute)
-        found[f"{phase}_floor_ms"] = max(launch, bandwidth + compute)
-        found[f"{phase}_regime"] = REGIMES[parts.index(max(parts))]
+        parts = {"launch": launch * (launch > bandwidth + compute), "bandwidth": bandwidth, "compute": compute}
+        found |= {f"{phase}_floor_ms": max(launch, bandwidth + compute), f"{phase}_regime": max(parts, key=parts.get)}
     return found

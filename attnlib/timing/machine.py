@@ -20,8 +20,7 @@ from attnlib.timing.clock import time_passes
 def resolve(name: str) -> str:
     """The torch device that `name` means: "auto" (the first GPU, else the CPU), "cpu", "cuda" or "cuda:1".
 
-    Raises UserError for anything else, and for a GPU that is not there.
-    """
+    Raises UserError for anything else, and for a GPU that is not there."""
     gpus = torch.cuda.device_count()
     if name in ("auto", "cpu"):
         return "cuda:0" if gpus and name == "auto" else "cpu"
@@ -41,23 +40,20 @@ def cpu_name() -> str:
 
 
 def memory_free(device: str | torch.device) -> int:
-    """Bytes that a new allocation can get: a GPU's free memory, and what PyTorch holds of it and does not use; on the
-    CPU the computer's or the container's."""
+    """Bytes that a new allocation can get, with what PyTorch holds unused; on the CPU of the container, if any."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     free = psutil.virtual_memory().available
     try:
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        return min(free, limit)
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     except (OSError, ValueError):
         return free
 
 
 def describe(device: str | torch.device) -> Machine:
-    """What `device` is and which versions run on it, without ceilings. Call it in a worker: on a GPU it makes a CUDA
-    context."""
+    """What `device` is and which versions run on it, without ceilings; on a GPU it makes a CUDA context."""
     found = replace(Machine.of(device), torch=torch.__version__, python=platform.python_version())
     if found.is_cpu:
         found = replace(found, name=cpu_name(), memory_bytes=psutil.virtual_memory().total)
@@ -102,8 +98,7 @@ def ceilings(device: str | torch.device, budget_s: float = 0.3) -> dict:
     launch_us: one operation on one element, its overhead and nothing else. copy_gb_s: `{bytes: rate}`, a copy between
     two tensors of that many bytes, counting bytes read and written. clone_gb_s: the same into a tensor allocated for
     it, as every operation of a model does. gemm_tflop_s: `{dtype: rate}`, a square matrix product, a multiply-add
-    counted as two operations.
-    """
+    counted as two operations."""
 
     def seconds(fn: Callable, times: int = 1) -> float:
         def repeated() -> None:

@@ -3,6 +3,7 @@
 import gc
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -43,8 +44,7 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
     the graph kept, through torch.autograd.grad, so that no gradient is accumulated. Returns the point's columns, the
     figures that could be had, and `status`, `phase`, `reason`: running out of memory, or a variant that cannot run
     there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel` is the name
-    of what ran longest in the attention: of a pinned backend, its kernel.
-    """
+    of what ran longest in the attention: of a pinned backend, its kernel."""
     row = {"variant": variant.name, **shape.columns(), "status": "ok", "phase": "", "reason": ""}
     on_gpu = torch.device(device).type == "cuda"
     if reason := variant.needs(shape, device):
@@ -61,9 +61,6 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
     def backward(inputs: Sequence, do: torch.Tensor) -> Callable:
         o = run(inputs)
         return lambda: torch.autograd.grad(o, inputs, do, retain_graph=True)
-
-    def memory(backward: bool) -> dict:
-        return account(variant, *inputs, causal=shape.causal, backward=backward)
 
     def kernel() -> dict:
         attention = variant.inner or variant
@@ -84,8 +81,7 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
             row.update(status="unsupported" if lacking else "oom", phase=phase, reason=first)
         if row["phase"] == phase:
             gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()  # each step starts from the inputs alone, without what the last one left reserved
+        torch.cuda.empty_cache()  # each step starts from the inputs alone, without what the last one left reserved
         return row["phase"] != phase
 
     small = variant.inputs(Shape(1, shape.heads, 16, shape.head_dim, shape.dtype, shape.causal), device)
@@ -96,8 +92,9 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
         inputs.extend(variant.inputs(shape, device))
         return {}
 
-    if fits("inputs", lay_out) and fits("forward", lambda: memory(False)):
-        trains = fits("backward", lambda: memory(True))
+    memory = partial(account, variant, causal=shape.causal)
+    if fits("inputs", lay_out) and fits("forward", lambda: memory(*inputs, backward=False)):
+        trains = fits("backward", lambda: memory(*inputs, backward=True))
         fits("forward", lambda: time("forward", lambda: run(inputs)))
         fits("forward", kernel)
         if trains:

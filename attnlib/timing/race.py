@@ -3,8 +3,7 @@
 What is compared alternates, in an order drawn for each round, so that a clock that sags slows all alike. Each batch of
 rounds has inputs of its own, in a duel a process of its own as well, since times differ between processes too. The
 interval of a ratio is Student's t over the logarithms of the batches' medians: the batches are independent, the rounds
-within one are not.
-"""
+within one are not."""
 
 import math
 import time
@@ -15,10 +14,9 @@ import numpy as np
 import torch
 
 from attnlib.core import PHASES, Shape, UserError
-from attnlib.laws import Variant, useful_flops, work
+from attnlib.laws import Variant
 from attnlib.rows import SIZES
-from attnlib.timing.clock import longest_kernel, milliseconds, warm_up
-from attnlib.timing.machine import square_product
+from attnlib.timing.clock import milliseconds, warm_up
 from attnlib.timing.sweep import Job, Row, point_name
 
 BATCHES = 5
@@ -30,8 +28,7 @@ RATIO = ("ratio", "low", "high")
 def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -> Callable:
     """A function that runs one forward pass, or one backward pass of a forward pass done before.
 
-    Raises UserError for a phase that is neither "forward" nor "backward".
-    """
+    Raises UserError for a phase that is neither "forward" nor "backward"."""
     if phase not in PHASES:
         raise UserError(f"phase must be forward or backward, not {phase!r}")
     inputs = variant.inputs(shape, device, seed)
@@ -48,8 +45,7 @@ def batch(
     """`[rounds, contestants]` milliseconds: the functions `others` and `passes` of each `(variant, shape)`, in turns.
 
     As many rounds as fit in `budget_s` seconds, from 5 to 50. Each call waits twice as long as the host takes to launch
-    the slowest of them: the device's time is compared.
-    """
+    the slowest of them: the device's time is compared."""
     contestants = [*others, *(passes(variant, shape, device, phase, seed) for variant, shape in entries)]
     wait_ms = 2 * warm_up(contestants, device)
     begun = time.perf_counter()
@@ -61,8 +57,7 @@ def batch(
 def interval(medians: Sequence[float]) -> tuple[float, float, float]:
     """The geometric mean of one ratio per batch, and the ends of its 99 % confidence interval.
 
-    Exact for batches whose logarithms are normal and independent. Raises UserError for other than BATCHES of them.
-    """
+    Exact for batches whose logarithms are normal and independent. Raises UserError for other than BATCHES of them."""
     if len(medians) != BATCHES:
         raise UserError(f"an interval is made of {BATCHES} batches, not {len(medians)}")
     logs = np.log(medians)
@@ -100,8 +95,7 @@ def duel_jobs(pairs: Sequence[tuple[Variant, Variant, Shape, str]], device: str,
 def duels(rows: Iterable[Row]) -> list[Row]:
     """Duels from the rows of their batches: their columns with the medians over the batches, and RATIO.
 
-    Rows that hold the ends of an interval already stay as they are: their batches were not kept.
-    """
+    Rows that hold the ends of an interval already stay as they are: their batches were not kept."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         names = tuple(row[column] for column in (*SIZES, "phase", "first", "second", "run"))
@@ -116,57 +110,3 @@ def duels(rows: Iterable[Row]) -> list[Row]:
         row |= dict(zip(RATIO, interval([one["ratio"] for one in batches]), strict=True))
         whole.append(row | {"rounds": sum(one["rounds"] for one in batches)})
     return whole
-
-
-def race(shape: Shape, device: str, phase: str, variants: Sequence[Variant], budget_s: float) -> list[Row]:
-    """All of `variants` that run there, and a matrix product of the same dtype, in turns; the first is the standard.
-
-    A row each: the shape's columns, `phase, variant, kernel`; `ms`; `gemm_ms`; `share`, its rate of useful operations
-    over the product's; `of_default`, how many times as fast as the first it is, with `_low` and `_high`; and, as the
-    reference for the clock, `do_bench_ms` on CUDA: triton's do_bench on the same call.
-    """
-    flops = useful_flops(shape, phase)
-    matmul, matmul_flops = square_product(device, shape.dtype)
-    able = [variant for variant in variants if not variant.needs(shape, device)]
-    entries = [(variant, shape) for variant in able]
-    times = [batch(entries, device, phase, seed, budget_s / BATCHES, matmul) for seed in range(BATCHES)]
-    gemm_ms, *each_ms = np.median(np.concatenate(times), axis=0).tolist()
-    found = []
-    for place, (variant, ms) in enumerate(zip(able, each_ms, strict=True), 1):
-        call = passes(variant, shape, device, phase, 0)
-        row: Row = {**shape.columns(), "phase": phase, "variant": variant.name}
-        row |= {"kernel": longest_kernel(call, device)}
-        row |= {"ms": ms, "gemm_ms": gemm_ms, "gemm_tflop_s": matmul_flops / gemm_ms / 1e9}
-        row |= {"share": flops / ms / (matmul_flops / gemm_ms)}
-        won = ratio(times, 1, place)
-        row |= {"of_default": won["ratio"], "of_default_low": won["low"], "of_default_high": won["high"]}
-        if torch.device(device).type == "cuda":
-            from triton.testing import do_bench
-
-            row["do_bench_ms"] = do_bench(call, return_mode="median")  # as its documentation shows
-        found.append(row)
-    return found
-
-
-def race_jobs(shapes: Sequence[Shape], device: str, variants: Sequence[Variant], budget_s: float) -> list[Job]:
-    """`race` at each shape, forward and backward."""
-    names = " ".join(variant.name for variant in variants)
-    cells = [(shape, phase) for shape in shapes for phase in PHASES]
-    return [Job(f"{phase} {one} {names}", race, (one, device, phase, variants, budget_s)) for one, phase in cells]
-
-
-def heat(entries: Sequence[tuple[Variant, Shape]], device: str, phase: str, budget_s: float) -> list[Row]:
-    """A row for each `(variant, shape)`, all taking turns: the shape's columns, `phase, variant, ms, tflop_s`."""
-    times = [batch(entries, device, phase, seed, budget_s / BATCHES) for seed in range(BATCHES)]
-    found = []
-    for (variant, shape), ms in zip(entries, np.median(np.concatenate(times), axis=0).tolist(), strict=True):
-        row = {**shape.columns(), "phase": phase, "variant": variant.name, "ms": ms}
-        found.append(row | {"tflop_s": work(variant, shape, phase) / ms / 1e9})
-    return found
-
-
-def heat_jobs(groups: Sequence[Sequence[tuple[Variant, Shape]]], device: str, budget_s: float) -> list[Job]:
-    """`heat` of each group, forward and backward."""
-    cells = [(group, phase) for group in groups for phase in PHASES]
-    names = [f"{phase} {', '.join(point_name(*entry) for entry in group)}" for group, phase in cells]
-    return [Job(name, heat, (one, device, phase, budget_s)) for name, (one, phase) in zip(names, cells, strict=True)]

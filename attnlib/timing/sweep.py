@@ -58,9 +58,8 @@ def point_jobs(points: Iterable[tuple[Variant, Shape]], device: str, budget_s: f
 
 def observation_jobs(cases: Iterable[tuple[Variant, Shape]], device: str, machine: Machine) -> list[Job]:
     """check.observed of each case on a device, as jobs that claim twice what their law says."""
-    return [
-        Job(point_name(*one), observed, (*one, device), claim_bytes=2 * bytes_needed(*one, machine)) for one in cases
-    ]
+    claims = ((one, 2 * bytes_needed(*one, machine)) for one in cases)
+    return [Job(point_name(*one), observed, (*one, device), claim_bytes=claim) for one, claim in claims]
 
 
 def run_jobs(
@@ -75,8 +74,7 @@ def run_jobs(
 
     worker: for jobs that need no process of their own, if there is one already. room_bytes: of device memory, which the
     jobs that run at once share by their claims; a job that claims more than that runs alone. timeout_s: after which a
-    job is given up. Raises what a job raises that has no row for it.
-    """
+    job is given up. Raises what a job raises that has no row for it."""
     space, left, local = threading.Condition(), [room_bytes], threading.local()
     started: list[Worker] = []
 
@@ -132,8 +130,7 @@ class Partial:
     """The rows of a sweep that is not finished: a file with a JSON object a line, one for each job that is done.
 
     A line that was not written whole is no JSON, and its job is done again. Raises UserError if another run has the
-    file, OSError if it cannot be written.
-    """
+    file, OSError if it cannot be written."""
 
     def __init__(self, path: Path, machine: Machine) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,8 +187,7 @@ def collect(jobs: Sequence[Job], path: Path, machine: Machine, **how: Any) -> in
     written. If an earlier run on the same `machine` (see timing.machine.describe) was interrupted, its rows are kept. A
     finished CSV is replaced only by a finished one. Progress goes to stderr: a bar on a terminal or in JupyterLab,
     lines elsewhere (the environment variable ATTNLIB_PROGRESS=bar or lines decides otherwise). how: as `run_jobs` takes
-    it. Raises UserError if the file cannot be written or another run is writing it.
-    """
+    it. Raises UserError if the file cannot be written or another run is writing it."""
     interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
     lines = os.environ.get("ATTNLIB_PROGRESS", "bar" if interactive else "lines") != "bar"
     unfinished = path.with_name(f"{path.name}.partial")

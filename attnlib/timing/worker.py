@@ -54,8 +54,7 @@ def forkserver() -> BaseContext:
 class Worker:
     """A process started when first called, and replaced after it has died.
 
-    context: how the process is started; a fresh interpreter, or see `forkserver`.
-    """
+    context: how the process is started; a fresh interpreter, or see `forkserver`."""
 
     def __init__(self, context: BaseContext | None = None) -> None:
         self.context: Any = context or multiprocessing.get_context("spawn")
@@ -79,8 +78,7 @@ class Worker:
         """`function(*arguments)`, run in the worker.
 
         Raises UserError as the function did, WorkerDied if the process ended or the function failed otherwise, and
-        TimeoutError after `timeout_s` seconds; after the last two the process is killed.
-        """
+        TimeoutError after `timeout_s` seconds; after the last two the process is killed."""
         if self.process is None:
             self.pipe, theirs = self.context.Pipe()
             self.process = self.context.Process(target=serve, args=(theirs,), daemon=True)
@@ -104,8 +102,7 @@ class Worker:
         return result
 
     def call_again(self, function: Callable, *arguments: Any, timeout_s: float | None = None) -> Any:
-        """`call`, and a second time if the worker died: the cause may lie outside (somebody's kill, a system short of
-        memory)."""
+        """`call`, and again if the worker died, as the cause may lie outside: a kill, a system short of memory."""
         try:
             return self.call(function, *arguments, timeout_s=timeout_s)
         except WorkerDied:
