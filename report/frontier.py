@@ -31,7 +31,7 @@ class Case:
     allocator: str  # its pool: "expandable", one range whose free pages can be given back, or "default", pieces
 
 
-def cases(memory_bytes, phases, head_dims, *, variants, dtypes=("float32",), pool="expandable", lengths=(1,)):
+def frontier_cases(memory_bytes, phases, head_dims, *, variants, dtypes=("float32",), pool="expandable", lengths=(1,)):
     """A Case for each of `variants`, length, width, dtype and phase, at batch 8 and one head."""
     shapes = [Shape(8, 1, n, d, dtype) for n in lengths for d in head_dims for dtype in dtypes]
     return [Case(one, shape, phase, memory_bytes, pool) for one in variants for shape in shapes for phase in phases]
@@ -129,7 +129,7 @@ def cell(case: Case, device: str) -> list[dict]:
     return [] if found["fits"] is None else [row | {name: found[name] for name in ("memory_bytes", "fits")}]
 
 
-def jobs(function: Callable, wanted: Iterable[Case], device: str) -> Sequence[Job]:
+def frontier_jobs(function: Callable, wanted: Iterable[Case], device: str) -> Sequence[Job]:
     """`search` or `cell` of each case: they start processes of their own, as many at once as memory has room for."""
     found = []
     for case in wanted:

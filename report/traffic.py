@@ -71,7 +71,7 @@ def summed(text: str, names: list[str], shape: Shape) -> list[dict]:
     ]
 
 
-def jobs(names: list[str], shape: Shape, device: str) -> list[Job]:
+def traffic_jobs(names: list[str], shape: Shape, device: str) -> list[Job]:
     """`counted` as a job; it starts a process of its own."""
     return [Job(f"{shape} {' '.join(names)}", counted, (names, shape, device), here=True)]
 

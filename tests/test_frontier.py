@@ -36,7 +36,7 @@ def test_the_search_finds_the_frontier(monkeypatch, lost, noise):
     """Against a pool that loses `lost` bytes and up to 20 MiB more, differently for each N but never less for more."""
     pretend = pool(8 * GIB, lambda seq_len: lost + seq_len * noise % (20 * 2**20))
     monkeypatch.setattr(frontier, "in_fresh_process", pretend)
-    for case in frontier.cases(8 * GIB, PHASES, [16, 128], variants=PLAIN):
+    for case in frontier.frontier_cases(8 * GIB, PHASES, [16, 128], variants=PLAIN):
         (row,) = frontier.search(case, "cuda")
         found = row["found_seq_len"]
         assert pretend(case, found, "")["fits"] and not pretend(case, found + 1, "")["fits"]
@@ -55,16 +55,18 @@ def test_a_frontier_of_linear_memory_is_found_to_a_mebibyte(monkeypatch):
 
 def test_where_a_device_has_not_that_much_free_there_is_no_row(monkeypatch):
     monkeypatch.setattr(frontier, "in_fresh_process", lambda *_: {"fits": None})
-    (case,) = frontier.cases(GIB, ["backward"], [64], variants=PLAIN[:1])
+    (case,) = frontier.frontier_cases(GIB, ["backward"], [64], variants=PLAIN[:1])
     assert frontier.search(case, "cuda") == frontier.cell(case, "cuda") == []
 
 
 def test_a_job_claims_what_its_processes_may_take():
     """All of a search's memory; of a single trial what it needs and a pool loses; without a limit, all there is."""
-    (case,) = frontier.cases(64 * GIB, ["backward"], [64], variants=PLAIN[:1], lengths=[256])
-    (searched,), (tried,) = (frontier.jobs(function, [case], "cuda") for function in (frontier.search, frontier.cell))
+    (case,) = frontier.frontier_cases(64 * GIB, ["backward"], [64], variants=PLAIN[:1], lengths=[256])
+    (searched,), (tried,) = (
+        frontier.frontier_jobs(function, [case], "cuda") for function in (frontier.search, frontier.cell)
+    )
     assert searched.claim_bytes == 64 * GIB and GIB < tried.claim_bytes < 2 * GIB and searched.here and tried.here
-    (whole,) = frontier.jobs(frontier.search, [replace(case, memory_bytes=0)], "cuda")
+    (whole,) = frontier.frontier_jobs(frontier.search, [replace(case, memory_bytes=0)], "cuda")
     assert whole.claim_bytes > 10**15
 
 
@@ -77,7 +79,7 @@ def test_slack_is_what_the_law_saw_and_holes_what_the_pool_lost():
 
 @pytest.mark.gpu
 def test_a_frontier_on_the_device():
-    (case,) = frontier.cases(GIB, ["backward"], [64], variants=[VARIANTS["naive"]])
+    (case,) = frontier.frontier_cases(GIB, ["backward"], [64], variants=[VARIANTS["naive"]])
     (row,) = frontier.search(case, "cuda:0")
     assert 0 <= row["predicted_seq_len"] - row["found_seq_len"] <= 0.02 * row["predicted_seq_len"]
     assert row["memory_bytes"] - row["need_bytes"] <= row["reserved_bytes"] - row["requested_bytes"] + 20 * 2**20

@@ -1,4 +1,4 @@
-"""What the notebooks make of races: one real race, names of kernels, crossovers in time and memory, PyTorch's choice."""
+"""What the notebooks make of races: a real race, names of kernels, crossovers in time and memory, PyTorch's choice."""
 
 import math
 

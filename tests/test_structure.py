@@ -17,6 +17,7 @@ LONGEST_FILE, MOST_LEVELS = 250, 8
 # names that stand in more than one module, each with the reason
 AGAIN: dict[str, str] = {
     "main": "of each command, as `python -m` knows it",
+    "aten": "PyTorch's operators, by the name that PyTorch gives them",
     "ROOT": "the folder of the project, which tests move in each module by itself",
 }
 # what somebody who installs attnlib need not have
