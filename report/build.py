@@ -60,11 +60,8 @@ def claims_of(notebook: Path) -> list[dict]:
 
 def check_claims(out: Path, folder: str):
     """Write the claims of all executed notebooks to data/<folder>/claims.csv. Raises UserError if one does not hold."""
-    found = [
-        {"notebook": notebook.stem, **claim}
-        for notebook in sorted((out / "notebooks").glob("[0-9]*.ipynb"))
-        for claim in claims_of(notebook)
-    ]
+    notebooks = sorted((out / "notebooks").glob("[0-9]*.ipynb"))
+    found = [{"notebook": notebook.stem, **claim} for notebook in notebooks for claim in claims_of(notebook)]
     columns = ["notebook", "claim", "predicted", "measured", "holds"]
     write(ROOT / "data" / folder / "claims.csv", pd.DataFrame(found, columns=columns).to_csv(index=False))
     if failed := [f"{claim['claim']} ({claim['notebook']})" for claim in found if not claim["holds"]]:

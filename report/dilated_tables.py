@@ -10,7 +10,7 @@ from attnlib.core import Device, Shape
 from attnlib.dilated.attention import dilated_variant
 from attnlib.laws import Variant, evaluate
 from attnlib.rows import POINT
-from report.stored import published
+from report.stored import published_rows
 from report.tables import NO_FIGURE, digits, table
 
 
@@ -26,7 +26,7 @@ def label(segment_lengths: Iterable[int], dilation_rates: Iterable[int]) -> str:
 
 def report_004() -> pd.DataFrame:
     """The tables of published report 004, its configurations as numbers and, as `variant`, by their `label`."""
-    rows, configs = published("004_gtx1080_dilated"), ("segment_lengths", "dilation_rates")
+    rows, configs = published_rows("004_gtx1080_dilated"), ("segment_lengths", "dilation_rates")
     rows = rows.assign(**{column: rows[column].map(numbers_in) for column in configs})
     return rows.assign(variant=[label(*config) for config in rows[[*configs]].itertuples(index=False)])
 

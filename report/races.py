@@ -29,7 +29,9 @@ RACE_KEYS = ["head_dim", "causal", "seq_len", "phase"]  # what names a race
 OF_DEFAULT = ["of_default", "of_default_low", "of_default_high"]
 
 
-def race(entries: Sequence[tuple[Variant, Shape]], device: str, phase: str, budget_s: float, whole: bool) -> list[Row]:
+def run_race(
+    entries: Sequence[tuple[Variant, Shape]], device: str, phase: str, budget_s: float, whole: bool
+) -> list[Row]:
     """A row for each `(variant, shape)`, all taking turns: the shape's columns, `phase, variant, ms, tflop_s`.
 
     In a `whole` race a matrix product of the same dtype takes turns with them, and a row has more: its `gemm_ms` and
@@ -61,11 +63,11 @@ def race(entries: Sequence[tuple[Variant, Shape]], device: str, phase: str, budg
 def race_jobs(
     groups: Sequence[Sequence[tuple[Variant, Shape]]], device: str, budget_s: float, *, whole: bool = False
 ) -> list[Job]:
-    """`race` of each group, forward and backward."""
+    """`run_race` of each group, forward and backward."""
     jobs = []
     for group, phase in product(groups, PHASES):
         name = f"{phase} {', '.join(point_name(*entry) for entry in group)}"
-        jobs.append(Job(name, race, (group, device, phase, budget_s, whole)))
+        jobs.append(Job(name, run_race, (group, device, phase, budget_s, whole)))
     return jobs
 
 

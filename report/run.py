@@ -41,7 +41,7 @@ def profile(name: str) -> Profile:
 
 
 def write(path: Path, text: str):
-    """Write a file so that a reader sees the old text or the new one, never half. Raises UserError if it can't."""
+    """Write a file so that a reader sees the old text or the new one. Raises UserError if it can't."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.draft")
@@ -104,14 +104,16 @@ class Run:
         """The rows of any other jobs, as `sweep`. numbers: the columns that must be there and be numbers; lanes: how
         many jobs may run side by side, as far as the device's memory has room for what they claim.
 
-        Raises UserError if the rows cannot be written, or in a replay if they are not there (see `has`) or damaged."""
+        Empty if no job gave a row. Raises UserError if the rows cannot be written, or in a replay if they are not there
+        (see `has`) or damaged."""
         if not self.replay:
             apart = lanes > 1 or any(job.process is not None or job.here for job in jobs)
             room_bytes = self.worker.call(memory_free, self.device) if lanes > 1 else 0
             if apart:
                 self.worker.stop()  # it gives the device back, so that all of it can be had
             self._collect(name, jobs, worker=None if apart else self.worker, lanes=lanes, room_bytes=room_bytes)
-        return stored.rows_of(self.path(name), numbers)
+        there = self.replay or self.path(name).exists()
+        return stored.rows_of(self.path(name), numbers) if there else pd.DataFrame()
 
     def measured(self, name: str, variants: Mapping[str, Variant]) -> dict[str, Variant]:
         """Of `variants` those to be measured, in a replay those that the rows called `name` have."""
@@ -153,12 +155,9 @@ class Run:
 
     def bound(self, text: str, measured: float, *, least: float = -math.inf, most: float = math.inf, form: str = ".2f"):
         """The claim that a figure lies between `least` and `most`."""
-        limits = [
-            f"{word} {limit:{form}}"
-            for word, limit in (("at least", least), ("at most", most))
-            if abs(limit) < math.inf
-        ]
-        self.claim(text, " and ".join(limits), f"{measured:{form}}", bool(least <= measured <= most))
+        ends = {"at least": least, "at most": most}
+        limits = " and ".join(f"{word} {limit:{form}}" for word, limit in ends.items() if math.isfinite(limit))
+        self.claim(text, limits, f"{measured:{form}}", bool(least <= measured <= most))
 
     def _facts(self) -> dict[str, dict]:
         """What the folder's machine.json says, if it is there."""
@@ -166,19 +165,24 @@ class Run:
         return stored.machines(folder) if (folder / "machine.json").exists() else {}
 
     def _collect(self, name: str, jobs: Sequence[Job], **how):
-        """Measure into this notebook's file, and say in machine.json what was measured on what, when, and how many rows
-        there are; machines whose rows are still there stay described."""
-        self._introduce({})
+        """Measure into this notebook's file, which is not there if no job gave a row."""
         path = self.path(name)
+        self._introduce()
         count = collect(jobs, path, self.machine, **how)
-        self._introduce({"dates": {path.stem: self.machine.date}, "rows": {path.stem: count}})
+        if not count:
+            path.unlink()
+        self._introduce(path.stem, {"dates": self.machine.date, "rows": count} if count else ())
 
-    def _introduce(self, notes: dict[str, dict]):
+    def _introduce(self, stem: str = "", notes: Mapping | tuple = ()):
+        """Describe this machine in the folder's machine.json, beside those whose rows are still there, with the `notes`
+        on the file called `stem` in place of what was noted on it before."""
         folder, me, known = stored.ROOT / "data" / self.folder, self.machine.machine, self._facts()
         texts = [path.read_text() for path in folder.glob("*.csv")]
         kept = {one: facts for one, facts in known.items() if one != me and any(one in text for text in texts)}
         gpus = ("multiprocessors", "compute_capability") if self.machine.is_cpu else ()  # of which a CPU has none
         mine = {what: x for what, x in asdict(self.machine).items() if x and what not in gpus}
-        for what in ("dates", "rows"):
-            mine[what] = known.get(me, {}).get(what, {}) | notes.get(what, {})
+        for what in ("dates", "rows", "remarks"):
+            before = known.get(me, {}).get(what, {})
+            mine[what] = {of: x for of, x in before.items() if of != stem}
+            mine[what] |= {stem: notes[what]} if what in notes else {}
         write(folder / "machine.json", json.dumps({**kept, me: mine}, indent=1) + "\n")

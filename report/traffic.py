@@ -37,8 +37,7 @@ def run_once(names: list[str], shape: Shape, device: str):
 
 
 def counted(names: list[str], shape: Shape, device: str, timeout_s: float = 120) -> list[dict]:
-    """A row for each variant and phase: the shape's columns, TRAFFIC. Empty where the counters cannot be read, which
-    needs the program ncu and, on many systems, an administrator's permission."""
+    """A row for each variant and phase: the shape's columns, TRAFFIC. Empty without the program ncu, or permission."""
     options = "--clock-control=none --cache-control=none --profile-from-start=off --csv --page=raw --print-units=base"
     target = [sys.executable, "-m", "report.traffic", json.dumps(shape.columns()), device, *names]
     command = ["ncu", *options.split(), f"--metrics={','.join(METRICS)}", *target]

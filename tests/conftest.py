@@ -23,7 +23,9 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are skipped, with a reason, where there is no GPU."""
+    """Tests marked gpu are skipped, with a reason, where there is no GPU. The longest come first, so that of several
+    workers none is left alone with them."""
+    items.sort(key=lambda item: "test_replay" not in item.nodeid)
     for item in items:
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

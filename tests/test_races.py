@@ -14,7 +14,7 @@ from report import races
 
 def test_a_race_holds_all_against_the_product_and_the_first(device):
     entries = [(VARIANTS[name], Shape(1, 2, 128, 16)) for name in ("sdpa_default", "sdpa_math")]
-    rows = races.race(entries, device, "backward", 0.05, True)
+    rows = races.run_race(entries, device, "backward", 0.05, True)
     assert [row["variant"] for row in rows] == ["sdpa_default", "sdpa_math"]
     assert rows[0]["of_default"] == rows[0]["of_default_low"] == rows[0]["of_default_high"] == 1
     assert all(row["share"] > 0 and row["kernel"] and (row["do_bench_ms"] is None) == (device == "cpu") for row in rows)

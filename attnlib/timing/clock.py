@@ -109,6 +109,6 @@ def longest_kernel(fn: Callable, device: str | torch.device) -> str:
 
 def statistics(phase: str, times_ms: Sequence[float]) -> dict[str, float]:
     """The columns of one timed phase: median, 20th and 80th percentile, mean, standard deviation, number of samples."""
-    p20, p50, p80 = np.quantile(times_ms, [0.2, 0.5, 0.8]).tolist()
-    figures = (p50, p20, p80, float(np.mean(times_ms)), float(np.std(times_ms)), len(times_ms))
+    median_and_ends = np.quantile(times_ms, [0.5, 0.2, 0.8]).tolist()
+    figures = (*median_and_ends, float(np.mean(times_ms)), float(np.std(times_ms)), len(times_ms))
     return dict(zip((f"{phase}_ms{name}" for name in STATISTICS), figures, strict=True))

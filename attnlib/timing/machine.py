@@ -26,8 +26,7 @@ def resolve(name: str) -> str:
         return "cuda:0" if gpus and name == "auto" else "cpu"
     if not (match := re.fullmatch(r"cuda(?::(\d+))?", name)):
         raise UserError(f"device must be auto, cpu, cuda or cuda:<index>, not {name!r}")
-    index = int(match[1] or 0)
-    if index >= gpus:
+    if (index := int(match[1] or 0)) >= gpus:
         raise UserError(f"device {name} is not there: torch {torch.__version__} sees {gpus} GPU(s)")
     return f"cuda:{index}"
 

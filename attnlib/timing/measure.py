@@ -46,10 +46,9 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
     there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel` is the name
     of what ran longest in the attention: of a pinned backend, its kernel."""
     row = {"variant": variant.name, **shape.columns(), "status": "ok", "phase": "", "reason": ""}
-    on_gpu = torch.device(device).type == "cuda"
     if reason := variant.needs(shape, device):
         return {**row, "status": "unsupported", "reason": reason}
-    if not on_gpu and (shortage := predicted_shortage(variant, shape)):
+    if torch.device(device).type == "cpu" and (shortage := predicted_shortage(variant, shape)):
         return {**row, "status": "oom", **shortage}
 
     def run(inputs: Sequence) -> torch.Tensor:
@@ -77,8 +76,8 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
             lacking = isinstance(error, NotImplementedError)  # an operation that this device has not got for this dtype
             if not lacking and not out_of_memory(error):
                 raise
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            row.update(status="unsupported" if lacking else "oom", phase=phase, reason=first)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            row.update(status="unsupported" if lacking else "oom", phase=phase, reason=reason)
         if row["phase"] == phase:
             gc.collect()
         torch.cuda.empty_cache()  # each step starts from the inputs alone, without what the last one left reserved

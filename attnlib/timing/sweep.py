@@ -188,8 +188,8 @@ def collect(jobs: Sequence[Job], path: Path, machine: Machine, **how: Any) -> in
     finished CSV is replaced only by a finished one. Progress goes to stderr: a bar on a terminal or in JupyterLab,
     lines elsewhere (the environment variable ATTNLIB_PROGRESS=bar or lines decides otherwise). how: as `run_jobs` takes
     it. Raises UserError if the file cannot be written or another run is writing it."""
-    interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
-    lines = os.environ.get("ATTNLIB_PROGRESS", "bar" if interactive else "lines") != "bar"
+    bars = "bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "lines"
+    lines = os.environ.get("ATTNLIB_PROGRESS", bars) != "bar"
     unfinished = path.with_name(f"{path.name}.partial")
     try:
         kept = Partial(unfinished, machine)
@@ -202,8 +202,8 @@ def collect(jobs: Sequence[Job], path: Path, machine: Machine, **how: Any) -> in
                     done[job.name] = rows
                     bar.update()
                     if lines:
-                        status = ", ".join(dict.fromkeys(str(row.get("status", "done")) for row in rows))
-                        print(f"[{path.stem}] {job.name}: {status}", file=sys.stderr, flush=True)
+                        ends = ", ".join(dict.fromkeys(str(row.get("status", "done")) for row in rows))
+                        print(f"[{path.stem}] {job.name}: {ends}", file=sys.stderr, flush=True)
             origin = dict(zip(ORIGIN, (machine.machine, machine.torch, SCHEMA), strict=True))
             found = [row | origin for job in jobs for row in done[job.name]]
             write_csv(path, found)

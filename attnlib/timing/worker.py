@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -30,6 +31,7 @@ def leave_with_parent() -> None:
 def serve(pipe: Connection) -> None:
     """The worker: run what is sent, `(function, arguments)`, and send back `(error or None, result)`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # which makes the context that it finds missing
     threading.Thread(target=leave_with_parent, daemon=True).start()
     while True:
         try:
