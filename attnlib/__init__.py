@@ -54,7 +54,10 @@ def __getattr__(name: str) -> dict[str, Variant]:
 def family(name: str) -> dict[str, Variant]:
     """The variants of one of FAMILIES, `{name: Variant}`."""
     places = {member: place.split(":") for member, place in FAMILIES[name].items()}
-    return {member: getattr(import_module(module), constant) for member, (module, constant) in places.items()}
+    try:
+        return {member: getattr(import_module(module), constant) for member, (module, constant) in places.items()}
+    except AttributeError as error:  # which `from attnlib import VARIANTS` would hide
+        raise ImportError(f"FAMILIES[{name!r}]: {error}") from error
 
 
 def variant(name: str) -> Variant:

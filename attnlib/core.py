@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import numbers
+import re
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, TypeAlias
@@ -113,15 +114,12 @@ class Machine:
         is taken for an H100. Raises UserError for what is neither a CPU nor a CUDA GPU."""
         if isinstance(device, Machine):
             return device
-        try:
-            found = torch.device(device)
-        except (RuntimeError, TypeError):
-            found = torch.device("meta")
-        if found.type == "cpu":
-            return cls("cpu", threads=torch.get_num_threads())
-        if found.type != "cuda":
+        if not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", str(device)):
             raise UserError(f"device must be cpu, cuda or cuda:<index>, not {str(device)!r}")
-        return cls("cuda", threads=torch.get_num_threads(), packages=packages_here(), **gpu_here(found.index))
+        found, threads = torch.device(device), torch.get_num_threads()
+        if found.type == "cpu":
+            return cls("cpu", threads=threads)
+        return cls("cuda", threads=threads, packages=packages_here(), **gpu_here(found.index))
 
     @classmethod
     def from_facts(cls, facts: dict) -> Machine:

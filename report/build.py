@@ -191,8 +191,8 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = ""):
 def each_gpu() -> list[str]:
     """The first GPU of each model in this machine. Raises UserError if there is none."""
     models = {}
-    for index in range(torch.cuda.device_count()):
-        with Worker() as worker:
+    with Worker() as worker:
+        for index in range(torch.cuda.device_count()):
             models.setdefault(worker.call(describe, f"cuda:{index}").name, f"cuda:{index}")
     if not models:
         raise UserError("DEVICE=all measures every GPU model, and torch sees no GPU")
@@ -221,8 +221,7 @@ def main() -> int:
         for device in each_gpu() if options.device == "all" else [resolve(options.device)]:
             with Worker() as worker:
                 machine = worker.call(describe, device)
-            parameters = {"device": device, "profile": options.profile}
-            build(machine.slug + asked.suffix, machine, parameters, options.only)
+            build(machine.slug + asked.suffix, machine, {"device": device, "profile": options.profile}, options.only)
     except (UserError, WorkerDied, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

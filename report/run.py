@@ -112,8 +112,8 @@ class Run:
             if apart:
                 self.worker.stop()  # it gives the device back, so that all of it can be had
             self._collect(name, jobs, worker=None if apart else self.worker, lanes=lanes, room_bytes=room_bytes)
-        there = self.replay or self.path(name).exists()
-        return stored.rows_of(self.path(name), numbers) if there else pd.DataFrame()
+        nothing = not self.replay and not self.path(name).exists()
+        return pd.DataFrame() if nothing else stored.rows_of(self.path(name), numbers)
 
     def measured(self, name: str, variants: Mapping[str, Variant]) -> dict[str, Variant]:
         """Of `variants` those to be measured, in a replay those that the rows called `name` have."""

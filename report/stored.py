@@ -31,9 +31,8 @@ def devices() -> list[str]:
 def machines(folder: Path) -> dict[str, dict]:
     """The machines that the CSVs of a folder were measured on: `{machine: facts}`, from machine.json.
 
-    Beside what a Machine holds, `dates` and `rows` say for each CSV when it was measured and how many rows it got,
-    `remarks` what a reader must know about some of them. Raises UserError if the folder is none of `devices()`, or the
-    file is damaged."""
+    Beside a Machine's facts, `dates`, `rows` and `remarks` say for each CSV when it was measured, how many rows it got,
+    what a reader must know. Raises UserError if the folder is none of `devices()`, or the file is damaged."""
     if folder.name not in devices() or folder.parent != ROOT / "data":
         raise UserError(f"no data for device {folder.name!r} (there is: {', '.join(devices())})")
     try:
@@ -48,8 +47,8 @@ def machines(folder: Path) -> dict[str, dict]:
 
 
 def lifted(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of an older schema as they would be written now."""
-    if "schema" in rows and (rows["schema"] == SCHEMA).all():
+    """Rows that tell no schema, the first one, as they would be written now."""
+    if "schema" in rows:
         return rows
     for column in ("variant", "first", "second"):
         if column in rows:
@@ -111,6 +110,8 @@ def rows_of(path: Path, numbers: Iterable[str] = (), names: Iterable[str] = ()) 
     written = known[machine].get("rows", {}).get(path.stem)
     if written is not None and written != len(rows):
         raise UserError(f"{where} has {len(rows)} row(s) where {written} were written: measure again")
+    if "schema" in rows and {*rows["schema"]} != {SCHEMA}:
+        raise UserError(f"{where} has rows of another schema than {SCHEMA}: written by another version of attnlib")
     rows.index = pd.RangeIndex(2, len(rows) + 2)  # the lines of the file
     known_as_numbers = {*numbers, *(column for interval in INTERVALS for column in interval)} & {*rows}
     for line, text in unsound(rows, sorted(known_as_numbers), {*names, *GONE} if names else ()):

@@ -28,7 +28,7 @@ def size(nbytes: float) -> str:
 
 
 def digits(value: float) -> str:
-    """Three significant digits without an exponent, "0.0351", "1,210"; a dash for NaN."""
+    """Three significant digits, from 0.0001 up without an exponent: "0.0351", "1,210"; a dash for NaN."""
     return NO_FIGURE if math.isnan(value) else f"{float(f'{value:.3g}'):,.10g}"
 
 

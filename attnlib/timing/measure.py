@@ -62,9 +62,9 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
         return lambda: torch.autograd.grad(o, inputs, do, retain_graph=True)
 
     def kernel() -> dict:
-        attention = variant.inner or variant
-        alone = attention.inputs(shape, device)
-        return {"kernel": longest_kernel(lambda: attention.fn(*alone, causal=shape.causal), device)}
+        alone = variant.inner or variant
+        fn = partial(alone.fn, *alone.inputs(shape, device), causal=shape.causal)
+        return {"kernel": longest_kernel(fn, device)}
 
     def time(phase: str, fn: Callable) -> dict:
         return statistics(phase, time_passes(fn, device, budget_s / len(TIMED)))
@@ -83,17 +83,17 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
         torch.cuda.empty_cache()  # each step starts from the inputs alone, without what the last one left reserved
         return row["phase"] != phase
 
-    small = variant.inputs(Shape(1, shape.heads, 16, shape.head_dim, shape.dtype, shape.causal), device)
-    both(small, torch.randn_like(small[0]))  # so that the libraries' workspaces exist before memory is counted
     inputs: list[torch.Tensor] = []
 
     def lay_out() -> dict:
+        small = variant.inputs(Shape(1, shape.heads, 16, shape.head_dim, shape.dtype, shape.causal), device)
+        both(small, torch.randn_like(small[0]))  # so that the libraries' workspaces exist before memory is counted
         inputs.extend(variant.inputs(shape, device))
         return {}
 
-    memory = partial(account, variant, causal=shape.causal)
-    if fits("inputs", lay_out) and fits("forward", lambda: memory(*inputs, backward=False)):
-        trains = fits("backward", lambda: memory(*inputs, backward=True))
+    seen = partial(account, variant, causal=shape.causal)
+    if fits("inputs", lay_out) and fits("forward", lambda: seen(*inputs, backward=False)):
+        trains = fits("backward", lambda: seen(*inputs, backward=True))
         fits("forward", lambda: time("forward", lambda: run(inputs)))
         fits("forward", kernel)
         if trains:

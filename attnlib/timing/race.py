@@ -20,8 +20,7 @@ from attnlib.timing.clock import milliseconds, warm_up
 from attnlib.timing.sweep import Job, Row, point_name
 
 BATCHES = 5
-# of the intervals, 99 %: a table of a few dozen shall hold as a whole. Student's t with BATCHES - 1 degrees of freedom
-T_99 = 4.604
+T_99 = 4.604  # Student's t with BATCHES - 1 degrees of freedom, for 99 %: a table of a few dozen shall hold as a whole
 RATIO = ("ratio", "low", "high")
 
 
