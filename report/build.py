@@ -26,7 +26,7 @@ from attnlib.core import Machine, UserError
 from attnlib.timing.machine import describe, resolve
 from attnlib.timing.worker import Worker, WorkerDied
 from report import stored
-from report.run import CLAIM, PROFILES, profile, write
+from report.run import CLAIMS, PROFILES, profile, write
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "report"
@@ -51,17 +51,10 @@ def execute(notebook: Path, target: Path, parameters: dict):
     draft.rename(target)
 
 
-def claims_of(notebook: Path) -> list[dict]:
-    """The claims that an executed notebook put to the test, as its outputs hold them."""
-    cells = nbformat.read(notebook, 4).cells
-    outputs = [output for cell in cells for output in cell.get("outputs", ())]
-    return [output.data[CLAIM] for output in outputs if CLAIM in output.get("data", {})]
-
-
 def check_claims(out: Path, folder: str):
-    """Write the claims of all executed notebooks to data/<folder>/claims.csv. Raises UserError if one does not hold."""
-    notebooks = sorted((out / "notebooks").glob("[0-9]*.ipynb"))
-    found = [{"notebook": notebook.stem, **claim} for notebook in notebooks for claim in claims_of(notebook)]
+    """Write the claims that the notebooks made to data/<folder>/claims.csv. Raises UserError if one does not hold."""
+    texts = {path.stem: path.read_text() for path in sorted((out / "notebooks").glob("*.claims"))}
+    found = [{"notebook": name, **json.loads(line)} for name, text in texts.items() for line in text.splitlines()]
     columns = ["notebook", "claim", "predicted", "measured", "holds"]
     write(ROOT / "data" / folder / "claims.csv", pd.DataFrame(found, columns=columns).to_csv(index=False))
     if failed := [f"{claim['claim']} ({claim['notebook']})" for claim in found if not claim["holds"]]:
@@ -69,8 +62,7 @@ def check_claims(out: Path, folder: str):
 
 
 class Cells(Preprocessor):
-    """Takes label and caption out of a cell's `#| key: "value"` comments, and stderr out of its outputs; claims that
-    follow each other become lines of one text."""
+    """Takes label and caption out of a cell's `#| key: "value"` comments, and stderr out of its outputs."""
 
     def preprocess_cell(self, cell, resources, index):
         """One cell at a time, as nbconvert calls it."""
@@ -82,21 +74,8 @@ class Cells(Preprocessor):
                 name, value = line.removeprefix("#|").split(":", 1)
                 cell.metadata[name.strip()] = value.strip().strip('"')
             cell.source = "\n".join(line for line in lines if line not in options).strip()
-            cell.outputs = self.joined([output for output in cell.outputs if output.get("name") != "stderr"])
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         return cell, resources
-
-    def joined(self, outputs):
-        """Outputs with claims and prints that follow each other in one."""
-        found = []
-        for output in outputs:
-            if CLAIM in output.get("data", {}):
-                text = output.data["text/plain"] + "\n"
-                output = nbformat.v4.new_output("stream", name="stdout", text=text)
-            if output.output_type == "stream" and found and found[-1].output_type == "stream":
-                found[-1].text += output.text
-            else:
-                found.append(output)
-        return found
 
 
 def markdown(notebooks: list[Path], folder: Path) -> str:
@@ -177,6 +156,7 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = ""):
         begun = time.monotonic()
         print(f"{notebook.name} on {machine.name} ...", flush=True)
         replayed = {"device": folder, "replay": True} if only and not notebook.name.startswith(f"{only}_") else {}
+        os.environ[CLAIMS] = str(out / "notebooks" / f"{notebook.stem}.claims")
         execute(notebook, out / "notebooks" / notebook.name, parameters | replayed)
         print(f"{notebook.name} done in {time.monotonic() - begun:.0f} s", flush=True)
     check_claims(out, folder)
@@ -226,7 +206,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: what was measured is kept, and the next `make report` goes on from it", file=sys.stderr)
+        print("interrupted: the next `make report` goes on with the sweep that it was in", file=sys.stderr)
         return 130
     return 0
 

@@ -4,13 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
+import sympy
 
 from attnlib import variant
 from attnlib.core import Machine, Shape
-from attnlib.laws import ACCOUNTS, Variant, law_of
+from attnlib.laws import ACCOUNTS, B, D, H, N, Variant, c, e, g, h, law_of
 from attnlib.memory import check
+from attnlib.memory.fit import PEAKS
 from attnlib.rows import POINT, is_missing, shape_of
 from attnlib.timing.floor import floor
+
+M, LENGTH = sympy.symbols("M N", positive=True)  # bytes of memory; N as a number to be solved for
 
 
 def with_laws(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
@@ -52,4 +56,16 @@ def agreement(rows: pd.DataFrame, variants: Mapping[str, Variant], machine: Mach
             if not is_missing(seen := row[f"{account}_bytes"]):
                 _, equal = check.sources_of({**both, f"{account}_requested_bytes": seen}, account, machine)
                 found[account] = measured + 1, agreeing + equal
+    return found
+
+
+def solutions(variant: Variant, shape: Shape, phase: str, machine: Machine) -> dict[str, sympy.Expr]:
+    """`{operation: N}` as a formula in M: the N at which the inputs and what is alive at that moment fill M bytes. The
+    largest N that fits is the smallest, rounded down. Only for laws whose terms are polynomials in N."""
+    values = {B: shape.batch, H: shape.heads, D: shape.head_dim, e: shape.element_size, N: LENGTH}
+    values |= {c: int(shape.causal), g: int(not machine.is_cpu), h: int(shape.dtype != "float32")}
+    found = {}
+    for operation, terms in (moment for peak in PEAKS[phase] for moment in variant.law.moments(peak).items()):
+        total = sympy.Add(3 * B * H * N * D * e, *terms.values()).subs(values)
+        found[operation] = max(sympy.solve(total - M, LENGTH), key=lambda root: root.subs(M, 2**60))
     return found

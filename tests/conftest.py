@@ -1,4 +1,4 @@
-"""What the tests share: the devices there are, a worker process, and the machine at hand."""
+"""What the tests share: the devices there are and those of data/, a worker process, and the machine at hand."""
 
 import os
 
@@ -7,7 +7,9 @@ import torch
 
 from attnlib.timing.machine import describe
 from attnlib.timing.worker import Worker
+from report import stored
 
+COMMITTED = [device for device in stored.devices() if not device.endswith("-quick")]  # which nobody commits
 GPU = torch.cuda.is_available()
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if GPU else [])]
 

@@ -81,3 +81,8 @@ def refuse_input(*_):
 def some_ceilings(device):
     """Ceilings that nobody waited for."""
     return {"launch_us": 1.0, "copy_gb_s": {1024: 1.0}, "clone_gb_s": {1024: 1.0}, "gemm_tflop_s": {"float32": 1.0}}
+
+
+def sleep_and_answer(seconds, answer):
+    time.sleep(seconds)
+    return answer

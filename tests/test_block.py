@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from attnlib import VARIANTS
-from attnlib.core import Shape
+from attnlib.core import Machine, Shape
 from attnlib.memory.allocator import account
-from attnlib.memory.check import observed
+from attnlib.memory.check import compare, mismatches, observed, with_observed
+from attnlib.memory.ledger import ledger
 from attnlib.timing.measure import measure
 from attnlib.timing.race import batch, passes
+from attnlib.timing.sweep import observation_jobs
 from attnlib.variants.block import block_inputs, in_block, transformer_block
 
 
@@ -67,3 +69,13 @@ def test_a_block_is_observed_like_a_variant(device):
     row = observed(in_block(VARIANTS["naive"]), Shape(1, 2, 64, 8), device)
     assert row["variant"] == "naive" and row["saved_requested_bytes"] > 0
     assert (row["saved_allocated_bytes"] is None) == (device == "cpu")
+
+
+def test_of_a_block_nothing_is_booked_and_nothing_can_be_contradicted():
+    """No law, no ledger: the allocator's word stands alone, in the check of memory and in how many may run at once."""
+    block, shape = in_block(VARIANTS["naive"]), Shape(1, 2, 16, 8)
+    rows = with_observed([compare(block, shape)], [observed(block, shape, "cpu")])
+    assert mismatches(rows, {"naive": block}, "cpu") == []
+    (job,) = observation_jobs([(block, shape)], "cpu", Machine.of("cpu"))
+    assert job.claim_bytes == 0 and job.function(*job.arguments)["saved_requested_bytes"] > 0
+    assert ledger(block, shape)[-1]["phase"] == "backward"

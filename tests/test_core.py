@@ -72,5 +72,6 @@ def test_a_machine_is_what_its_record_says_and_not_what_is_at_hand():
     facts = next(iter(json.loads(H200.read_text()).values()))
     found = Machine.from_facts(facts | {"colour": "green"})
     assert (found.kind, found.multiprocessors, found.capability, found.threads) == ("cuda", 132, (9, 0), 16)
-    assert found.packages == () and not found.is_cpu and Machine.of(found) is found
+    assert found.packages == ("flash-attn-4",) and not found.is_cpu and Machine.of(found) is found
+    assert Machine.from_facts({"kind": "cuda"}).packages == ()
     assert found.ceilings["gemm_tflop_s"].keys() == {"float32", "bfloat16", "float16"}

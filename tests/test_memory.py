@@ -14,6 +14,7 @@ from attnlib.memory import check, fit
 from attnlib.memory.ledger import Ledger, ledger, reached
 from attnlib.timing.machine import memory_free
 from attnlib.timing.sweep import observation_jobs, run_jobs
+from report import predicted
 
 GIB = 2**30
 PLAIN = family("plain")
@@ -104,12 +105,12 @@ def test_memory_sizes_without_sense(text):
 )
 def test_the_largest_length_fits_and_the_next_does_not(name, phase, shape):
     """By search, and by solving the laws for N."""
-    variant, solved = VARIANTS[name], fit.solutions(VARIANTS[name], shape, phase, "cuda").values()
+    variant, solved = VARIANTS[name], predicted.solutions(VARIANTS[name], shape, phase, Machine("cuda")).values()
     for memory in (10**5, GIB, 80 * 10**9):
         longest = fit.largest_seq_len(variant, shape, memory, phase, "cuda")
         need = [bytes_needed(variant, fit.at_length(shape, n), "cuda", phase) for n in (max(longest, 1), longest + 1)]
         assert need[0] <= memory < need[1] or (longest == 0 and need[1] > memory)
-        assert min(int(root.subs(fit.M, memory)) for root in solved) == longest
+        assert min(int(root.subs(predicted.M, memory)) for root in solved) == longest
 
 
 def test_what_fills_the_memory_adds_up_to_what_is_needed():

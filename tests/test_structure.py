@@ -12,7 +12,7 @@ import attnlib
 from attnlib import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"attnlib": 3300, "report": 1700}  # lines of Python that each may have
+PACKAGES = {"attnlib": 4200, "report": 2500}  # lines of Python that each may have
 LONGEST_FILE, MOST_LEVELS = 250, 8
 # names that stand in more than one module, each with the reason
 AGAIN: dict[str, str] = {

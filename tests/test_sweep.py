@@ -351,3 +351,20 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path, mortal):
             return
         time.sleep(0.01)
     pytest.fail("the worker goes on")
+
+
+def test_what_an_interrupted_call_would_have_answered_is_not_taken_for_the_next_answer():
+    """An interrupt falls between a question and its answer: the answer must not come to whoever asks next."""
+    with Worker() as worker:
+        worker.call(max, 0, 1)
+        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            worker.call(faults.sleep_and_answer, 1.0, "late")
+        assert worker.call(max, 1, 2) == 2
+
+
+def test_two_variants_of_one_name_and_shape_are_refused():
+    other = faults.variant(faults.quick, name="naive")
+    with pytest.raises(UserError, match="two different variants are called naive"):
+        point_jobs([(VARIANTS["naive"], Shape(1, 1, 8, 4)), (other, Shape(1, 1, 8, 4))], "cpu", 0.01)

@@ -110,6 +110,9 @@ def allocation_error() -> RuntimeError:
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         OSError(12, "Cannot allocate memory"),
+        RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("CUDA_ERROR_OUT_OF_MEMORY"),
+        RuntimeError("std::bad_alloc"),
     ],
     ids=lambda error: f"{type(error).__name__} {error}"[:40],
 )

@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 
-import sympy
-
 from attnlib.core import Device, Machine, Shape, UserError, dense_reach
-from attnlib.laws import B, D, H, N, Variant, bytes_needed, c, e, g, h, law_of
+from attnlib.laws import Variant, bytes_needed, law_of
 
 MULTIPLES = {"B": 1} | {f"{p}{i}B": b**n for i, b in (("", 1000), ("i", 1024)) for n, p in enumerate("KMGTP", 1)}
 USES = {"inference": "forward", "training": "backward"}
 PEAKS = {"forward": ("forward_peak",), "backward": ("forward_peak", "backward_peak")}  # decide what fits by its end
 LONGEST = 10**12  # nobody's sequence; keeps the search finite
-M, LENGTH = sympy.symbols("M N", positive=True)  # bytes of memory; N as a number to be solved for
 
 
 def nbytes(text: str) -> int:
@@ -38,18 +35,6 @@ def largest_seq_len(variant: Variant, shape: Shape, memory_bytes: int, phase: st
     machine = Machine.of(machine)
     needed = lambda n: bytes_needed(variant, at_length(shape, n), machine, phase)  # noqa: E731
     return bisect_right(range(1, LONGEST), memory_bytes, key=needed)
-
-
-def solutions(variant: Variant, shape: Shape, phase: str, machine: Device) -> dict[str, sympy.Expr]:
-    """`{operation: N}` as a formula in M: the N at which the inputs and what is alive at that moment fill M bytes. The
-    largest N that fits is the smallest, rounded down. Only for laws whose terms are polynomials in N."""
-    values = {B: shape.batch, H: shape.heads, D: shape.head_dim, e: shape.element_size, N: LENGTH}
-    values |= {c: int(shape.causal), g: int(not Machine.of(machine).is_cpu), h: int(shape.dtype != "float32")}
-    found = {}
-    for operation, terms in (moment for peak in PEAKS[phase] for moment in variant.law.moments(peak).items()):
-        total = sympy.Add(3 * B * H * N * D * e, *terms.values()).subs(values)
-        found[operation] = max(sympy.solve(total - M, LENGTH), key=lambda root: root.subs(M, 2**60))
-    return found
 
 
 def contents(variant: Variant, shape: Shape, phase: str, machine: Device) -> tuple[str, dict[str, int]]:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from attnlib.core import PHASES, Shape
+from attnlib.core import PHASES, Shape, UserError
 from attnlib.laws import Variant, bytes_needed, law_of
 from attnlib.memory.allocator import account
 from attnlib.rows import TIMED
@@ -16,7 +16,9 @@ from attnlib.timing.machine import memory_free, state
 
 # what PyTorch on the CPU, the CUDA driver, and the libraries above it say when memory ran out
 RAN_OUT = re.compile(
-    r"out of memory|not enough memory|can(?:'|no)t allocate memory|CU(?:BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED", re.I
+    r"out.of.memory|not enough memory|can(?:'|no)t allocate memory|unable to allocate|bad_alloc"
+    r"|cudaErrorMemoryAllocation|alloc(?:ation)?_failed",
+    re.I,
 )
 
 
@@ -72,8 +74,8 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
     def fits(phase: str, step: Callable[[], dict]) -> bool:
         try:
             row.update(step())
-        except (RuntimeError, MemoryError) as error:  # its traceback holds tensors: they go before anything is cleaned
-            lacking = isinstance(error, NotImplementedError)  # an operation that this device has not got for this dtype
+        except (RuntimeError, MemoryError, UserError) as error:  # its traceback holds tensors, until it is left
+            lacking = isinstance(error, (NotImplementedError, UserError))  # no such operation here, or it refuses
             if not lacking and not out_of_memory(error):
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from attnlib.core import Machine, Shape, UserError
-from attnlib.laws import Variant, bytes_needed
+from attnlib.laws import Variant, bytes_needed, law_of
 from attnlib.memory.check import observed
 from attnlib.rows import COLUMNS, ORIGIN, SCHEMA
 from attnlib.timing.measure import measure
@@ -53,12 +53,16 @@ def point_jobs(points: Iterable[tuple[Variant, Shape]], device: str, budget_s: f
         lost = lambda status, reason: {**point, "status": status, "phase": "", "reason": reason}  # noqa: E731
         return Job(name, measure, (variant, shape, device, budget_s), lost=lost)
 
-    return [job(name, *point) for name, point in {point_name(*point): point for point in points}.items()]
+    wanted: dict[str, tuple[Variant, Shape]] = {}
+    for point in points:
+        if wanted.setdefault(point_name(*point), point)[0] is not point[0]:
+            raise UserError(f"two different variants are called {point[0].name}")
+    return [job(name, *point) for name, point in wanted.items()]
 
 
 def observation_jobs(cases: Iterable[tuple[Variant, Shape]], device: str, machine: Machine) -> list[Job]:
     """check.observed of each case on a device, as jobs that claim twice what their law says."""
-    claims = ((one, 2 * bytes_needed(*one, machine)) for one in cases)
+    claims = ((one, 2 * bytes_needed(*one, machine) if law_of(*one, machine) else 0) for one in cases)
     return [Job(point_name(*one), observed, (*one, device), claim_bytes=claim) for one, claim in claims]
 
 
@@ -207,7 +211,7 @@ def collect(jobs: Sequence[Job], path: Path, machine: Machine, **how: Any) -> in
             origin = dict(zip(ORIGIN, (machine.machine, machine.torch, SCHEMA), strict=True))
             found = [row | origin for job in jobs for row in done[job.name]]
             write_csv(path, found)
-            unfinished.unlink()
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; it is left as it was") from error
     return len(found)

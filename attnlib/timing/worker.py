@@ -89,7 +89,6 @@ class Worker:
         try:
             self.pipe.send((function, arguments))
             if not self.pipe.poll(timeout_s):
-                self.stop()
                 raise TimeoutError(f"not done after {timeout_s:g} s")
             error, result = self.pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -97,6 +96,9 @@ class Worker:
             code = self.process.exitcode
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             error, result = WorkerDied(how), None
+        except BaseException:  # no time left, or an interrupt: a late answer must not be taken for the next one's
+            self.stop()
+            raise
         if isinstance(error, WorkerDied):
             self.stop()
         if error:

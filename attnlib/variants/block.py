@@ -31,7 +31,8 @@ def transformer_block(
 
 def block_inputs(shape: Shape, device: str | torch.device = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
     """x, qkv_weight, out_weight, gain, bias of a block of `shape.heads` times `shape.head_dim` hidden dimensions."""
-    generator, width = torch.Generator(device).manual_seed(seed), shape.heads * shape.head_dim
+    generator = torch.Generator("cpu" if torch.device(device).type == "meta" else device).manual_seed(seed)
+    width = shape.heads * shape.head_dim
     kind = {"dtype": DTYPES[shape.dtype], "device": device}
     sizes = (shape.batch, shape.seq_len, shape.heads, shape.head_dim), (3 * width, width), (width, width)
     x, *weights = (torch.randn(size, generator=generator, **kind) for size in sizes)
