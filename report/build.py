@@ -62,7 +62,8 @@ def check_claims(out: Path, folder: str):
 
 
 class Cells(Preprocessor):
-    """Takes label and caption out of a cell's `#| key: "value"` comments, and stderr out of its outputs."""
+    """Takes label and caption out of a cell's `#| key: "value"` comments, stderr out of its outputs, and
+    joins what was printed in a row, which may arrive in pieces."""
 
     def preprocess_cell(self, cell, resources, index):
         """One cell at a time, as nbconvert calls it."""
@@ -74,7 +75,12 @@ class Cells(Preprocessor):
                 name, value = line.removeprefix("#|").split(":", 1)
                 cell.metadata[name.strip()] = value.strip().strip('"')
             cell.source = "\n".join(line for line in lines if line not in options).strip()
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            outputs, cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"], []
+            for output in outputs:
+                if output.output_type == "stream" and cell.outputs and cell.outputs[-1].output_type == "stream":
+                    cell.outputs[-1].text += output.text
+                else:
+                    cell.outputs.append(output)
         return cell, resources
 
 
