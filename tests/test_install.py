@@ -91,7 +91,7 @@ def test_a_newcomer_gets_what_the_readme_promises(installed, tmp_path):
         installed, tmp_path, f"{code}\nimport attnlib\nprint(attnlib.__file__, attnlib.__version__, o.shape)"
     )
     *_, law, measured, where = told.splitlines()
-    assert law.endswith(" bytes") and float(measured.removesuffix(" ms")) > 0
+    assert int(law.split()[0]) > 2**31 and float(measured.removesuffix(" ms")) > 0
     assert Path(where.split()[0]).is_relative_to(installed[0]) and where.endswith("torch.Size([1, 8, 4096, 64])")
 
 
