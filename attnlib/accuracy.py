@@ -53,6 +53,19 @@ def three_tf32_matmul(a: Tensor, b: Tensor) -> Tensor:
     return large_a @ small_b + small_a @ large_b + large_a @ large_b
 
 
+def in_order_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, each sum added up term by term from the first on, as a kernel of plain multiply-adds does that
+    goes through keys, or queries, in order. Under a causal mask dK and dV begin with their largest terms, and every
+    later addition rounds the whole: about twice the error of a product that splits its sums."""
+    total = torch.zeros(*a.shape[:-1], b.shape[-1], dtype=a.dtype, device=a.device)
+    for at in range(a.shape[-1]):
+        total.addcmul_(a[..., at : at + 1], b[..., at : at + 1, :])
+    return total
+
+
+PRODUCTS = {"three_tf32": three_tf32_matmul, "in_order": in_order_matmul}
+
+
 class _Plain(torch.autograd.Function):
     """The same maths in the same dtype, as plainly as it can be written; `product` multiplies matrices, `bias` is 0
     where a query sees a key, else minus infinity. With `recompute` its backward pass is that of flash kernels: the
@@ -133,8 +146,8 @@ def compared(variant: Variant, shape: Shape, device: str | torch.device, draws: 
     inside, device = variant.inner or variant, torch.device(device)
     task = Task(inside.reach, shape, device, draws)
     references2 = reference_squares(task, torch.matmul)
-    if inside.three_tf32 and shape.dtype == "float32" and device.type != "cpu":
-        references2 = references2 + reference_squares(task, three_tf32_matmul)
+    if inside.gpu_product and shape.dtype == "float32" and device.type != "cpu":
+        references2 = references2 + reference_squares(task, PRODUCTS[inside.gpu_product])
     found2 = error_squares(task, partial(inside.fn, causal=shape.causal))
     rounding = torch.finfo(DTYPES[shape.dtype]).eps / 2
     row: dict[str, Any] = {"variant": variant.name, **shape.columns()}

@@ -124,7 +124,7 @@ class Variant:
     # (shape, device, seed) -> the tensors that fn takes, the first of o's shape
     inputs: Callable[..., tuple[torch.Tensor, ...]] = Shape.inputs
     inner: Variant | None = None  # the attention inside, where fn is more than that
-    three_tf32: bool = False  # whether, on a GPU, a float32 product may be computed as three of tensor cores
+    gpu_product: str = ""  # how a GPU kernel may multiply in float32, if not plainly: of accuracy.PRODUCTS
 
 
 def law_of(variant: Variant, shape: Shape, machine: Device = "cpu") -> Law | None:

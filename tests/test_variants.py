@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnlib import FAMILIES, VARIANTS
-from attnlib.accuracy import RESULTS, compared, three_tf32_matmul
+from attnlib.accuracy import RESULTS, compared, in_order_matmul, three_tf32_matmul
 from attnlib.core import DTYPES, Shape
 from attnlib.variants.block import in_block
 
@@ -48,3 +48,13 @@ def test_three_products_of_tensor_cores_lose_two_bits_and_no_more():
     exact = a.double() @ b.double()
     lost = [((product - exact).norm() / exact.norm()).item() for product in (a @ b, three_tf32_matmul(a, b))]
     assert lost[0] < lost[1] < 8 * lost[0] and lost[1] < 2**-21
+
+
+def test_sums_in_order_lose_most_where_the_largest_term_comes_first():
+    """As those of dV under a causal mask: query i gives its first key about 1 / (i + 1) of its weight."""
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.rand(8, 1000, generator=generator) / torch.arange(1.0, 1001.0)
+    do = torch.randn(1000, 64, generator=generator)
+    exact = weights.double() @ do.double()
+    forth, back = ((in_order_matmul(*pair) - exact).norm() for pair in ((weights, do), (weights.flip(1), do.flip(0))))
+    assert (in_order_matmul(weights, do) - weights @ do).norm() < 1e-6 * exact.norm() and forth > 2 * back

@@ -196,7 +196,7 @@ def dilated_variant(
     law = dilated_law(branches, head_offsets, partial(workspace_of, kernel)) if known else None
     flops = Phases(*(partial(dilated_flops, per_pair, branches, head_offsets) for per_pair in (4, 10)))
     needs = partial(refusal, partial(chosen, kernel))
-    return Variant(name, fn, law, flops, reach=reach, needs=needs, ledgered=False, three_tf32=True)
+    return Variant(name, fn, law, flops, reach=reach, needs=needs, ledgered=False, gpu_product="three_tf32")
 
 
 # the paper's own setting (section 3.1)

@@ -60,20 +60,20 @@ def traced_cuda(kernel: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, m
 FLASH_FLOPS = Phases(2 * MATMUL, 5 * MATMUL)  # backward computes QKᵀ again
 
 
-def _fused(kernel: str, law: Law, needs: Callable, traced: Callable, three_tf32: bool = False) -> Variant:
+def _fused(kernel: str, law: Law, needs: Callable, traced: Callable, gpu_product: str = "") -> Variant:
     name, fn = f"sdpa_{kernel}", partial(pinned, f"{kernel.upper()}_ATTENTION")
-    return Variant(name, fn, law, FLASH_FLOPS, needs=needs, traced=traced, three_tf32=three_tf32)
+    return Variant(name, fn, law, FLASH_FLOPS, needs=needs, traced=traced, gpu_product=gpu_product)
 
 
 # unfused: half types are computed in float32, and the weights are kept
 SDPA_MATH = Variant("sdpa_math", partial(pinned, "MATH"), known.MATH_LAW, Phases(2 * MATMUL, 4 * MATMUL))
 # the memory-efficient kernel, on CUDA
 SDPA_EFFICIENT = _fused(
-    "efficient", known.EFFICIENT_LAW, known.needs_efficient, partial(traced_cuda, "efficient"), three_tf32=True
+    "efficient", known.EFFICIENT_LAW, known.needs_efficient, partial(traced_cuda, "efficient"), gpu_product="three_tf32"
 )
 # FlashAttention-2 on CUDA, PyTorch's own flash kernel on the CPU
 SDPA_FLASH = _fused("flash", known.FLASH_LAW, known.needs_flash, traced_flash)
 # cuDNN's fused kernel, on CUDA
 SDPA_CUDNN = _fused("cudnn", known.CUDNN_LAW, known.needs_cudnn, partial(traced_cuda, "cudnn"))
-SDPA_DEFAULT = Variant("sdpa_default", sdpa_default, None, FLASH_FLOPS, three_tf32=True)
+SDPA_DEFAULT = Variant("sdpa_default", sdpa_default, None, FLASH_FLOPS, gpu_product="three_tf32")
 FA4 = Variant("fa4", fa4, known.FA4_LAW, FLASH_FLOPS, needs=known.needs_fa4, ledgered=False)

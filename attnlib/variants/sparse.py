@@ -118,7 +118,9 @@ def sparse_variant(name: str, pattern: Pattern, number: int) -> Variant:
     functions: tuple[Callable[..., Any], ...] = sparse_attention, sparse_flops, sparse_reach, sparse_inputs
     fn, flops, reach, inputs = (partial(one, pattern, number) for one in functions)
     phases = Phases(partial(flops, 4), partial(flops, 10))
-    return Variant(name, fn, None, phases, reach=reach, needs=needs_flex, inputs=inputs, ledgered=False)
+    return Variant(
+        name, fn, None, phases, reach=reach, needs=needs_flex, inputs=inputs, ledgered=False, gpu_product="in_order"
+    )
 
 
 WINDOW = sparse_variant("window", window, 1024)
