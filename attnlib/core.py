@@ -96,7 +96,7 @@ class Machine:
     multiprocessors: int = 132  # of a GPU
     compute_capability: str = "9.0"  # of a GPU
     packages: tuple[str, ...] = ()  # with kernels of their own that were installed
-    machine: str = ""  # a digest of all facts and of the host's name: rows of the same digest may stand in one file
+    machine: str = ""  # a digest of lasting facts and of the host's name: rows of one digest may stand in one file
     slug: str = ""  # the folder of its data
     date: str = ""  # on which it was described
     torch: str = ""
@@ -106,6 +106,9 @@ class Machine:
     cudnn: int = 0
     memory_bytes: int = 0
     l2_bytes: int = 0
+    driver: str = ""  # of a GPU, and what it lets the GPU draw: as far as NVIDIA's library tells
+    power_limit_w: float = 0.0
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what a reader must know of how it was found, sentences
     ceilings: dict = field(default_factory=dict, compare=False)  # see timing.machine.ceilings
 
     @classmethod
@@ -124,8 +127,9 @@ class Machine:
     @classmethod
     def from_facts(cls, facts: dict) -> Machine:
         """From a record of machine.json, whatever else stands there and whatever an older one lacks."""
-        known = {name: facts[name] for name in (one.name for one in fields(cls)) if name in facts}
-        return cls(**known | {"packages": tuple(known.get("packages", ()))})
+        found = {one.name: facts[one.name] for one in fields(cls) if one.name in facts}
+        known: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+        return cls(**known)
 
     @property
     def is_cpu(self) -> bool:

@@ -11,7 +11,7 @@ from attnlib.memory.allocator import observe
 from attnlib.memory.fit import at_length, largest_seq_len
 from attnlib.timing.measure import out_of_memory
 from attnlib.timing.sweep import Job
-from attnlib.timing.worker import Worker, forkserver
+from attnlib.timing.worker import Worker
 
 ROOM = ["memory_bytes", "taken_bytes", "libraries_bytes"]  # see `trial`
 POOL = ["requested_bytes", "allocated_bytes", "reserved_bytes"]
@@ -74,7 +74,7 @@ def trial(case: Case, device: str) -> dict:
 def in_fresh_process(case: Case, seq_len: int, device: str) -> dict:
     """`trial` of a case at `seq_len`, in a process of its own."""
     case = replace(case, shape=at_length(case.shape, seq_len))
-    with Worker(forkserver()) as worker:
+    with Worker() as worker:
         return worker.call_again(trial, case, device, timeout_s=300)
 
 

@@ -10,7 +10,7 @@ from attnlib import VARIANTS, family
 from attnlib.core import PHASES, Shape
 from attnlib.laws import bytes_needed
 from attnlib.memory.fit import at_length
-from attnlib.timing.worker import Worker, forkserver
+from attnlib.timing.worker import Worker
 from attnlib.variants.block import in_block
 from report import frontier, tables
 
@@ -89,11 +89,11 @@ def test_a_frontier_on_the_device():
 def test_a_trial_takes_a_block():
     """The block's own inputs are made, five tensors instead of three."""
     case = frontier.Case(in_block(VARIANTS["naive"]), Shape(1, 2, 64, 8), "backward", 0, "expandable")
-    with Worker(forkserver()) as worker:
+    with Worker() as worker:
         assert worker.call(frontier.trial, case, "cuda:0")["fits"]
 
 
 @pytest.mark.gpu
 def test_what_forks_from_a_process_that_imported_the_package_can_use_the_gpu():
-    with Worker(forkserver()) as worker:
+    with Worker() as worker:
         assert worker.call(torch.cuda.mem_get_info, "cuda")[0] > 0

@@ -47,7 +47,7 @@ def numbers(path):
 @pytest.fixture
 def mortal():
     """A worker to be killed: it starts anew within milliseconds."""
-    with Worker(forkserver()) as worker:
+    with Worker() as worker:
         yield worker
 
 
@@ -292,7 +292,7 @@ def test_jobs_share_a_process_as_long_as_they_say():
 
 def test_what_is_lost_has_a_row_if_the_job_says_which():
     lost = Job("job", faults.die, (), lost=lambda status, reason: {"status": status, "reason": reason})
-    with Worker(forkserver()) as worker:
+    with Worker() as worker:
         ((_, rows),) = run_jobs([lost], worker=worker)
         assert rows == [{"status": "crash", "reason": "ended with exit code 1"}]
         with pytest.raises(WorkerDied, match="exit code 1"):
@@ -331,7 +331,7 @@ def test_a_worker_passes_errors_on(mortal):
 
 def start_a_worker(path):
     """Start a worker, write its process down, and wait."""
-    worker = Worker(forkserver())
+    worker = Worker()
     Path(path).write_text(str(worker.call(os.getpid)))
     time.sleep(3600)
 

@@ -1,20 +1,43 @@
 """The clock, the device at hand, a measured point, and the least time that a variant can take."""
 
+import json
 import math
+import time
+from dataclasses import asdict, replace
+from statistics import median
+from types import SimpleNamespace
 
 import faults
 import numpy as np
 import pytest
 import torch
+from conftest import COMMITTED
 
 from attnlib import VARIANTS
-from attnlib.core import DTYPES, Machine, Shape, UserError
-from attnlib.rows import FIGURES, POINT, lacking
+from attnlib.core import DTYPES, PHASES, Machine, Shape, UserError
+from attnlib.rows import FIGURES, POINT, TIMED, lacking
+from attnlib.timing import clock
 from attnlib.timing import machine as at_hand
-from attnlib.timing.clock import milliseconds, statistics, time_passes, warm_up
+from attnlib.timing import measure as measuring
+from attnlib.timing.clock import (
+    PASSES,
+    WARM_UPS,
+    alone,
+    estimate,
+    fitting,
+    graphed,
+    in_a_row,
+    milliseconds,
+    statistics,
+    time_passes,
+    warm_up,
+)
 from attnlib.timing.floor import floor, operations, rate_at
-from attnlib.timing.measure import measure, out_of_memory
+from attnlib.timing.measure import measure, out_of_memory, sample_counts
 from attnlib.timing.sweep import point_jobs, run_jobs
+from attnlib.timing.worker import Worker
+from report.predicted import with_floors
+from report.stored import load, machine_of
 
 
 def test_statistics():
@@ -23,10 +46,80 @@ def test_statistics():
     assert found["forward_ms_p20"] == pytest.approx(1.8) and found["forward_ms_p80"] == pytest.approx(5.2)
 
 
-def test_at_most_a_hundred_passes_and_at_least_one(device):
-    x = torch.ones(64, device=device)
-    assert 1 <= len(time_passes(lambda: x + 1, device, 0.2)) <= 100
-    assert len(time_passes(lambda: x + 1, device, 1e-9)) >= 1
+@pytest.mark.parametrize("passes", [1, 7, PASSES])
+def test_as_many_samples_as_asked_for(device, passes):
+    x, calls = torch.ones(64, device=device), []
+
+    def call():
+        calls.append(x + 1)
+
+    estimate(call, device, 1.0)
+    for timed in (time_passes, alone):
+        calls.clear()
+        times = timed(call, device, passes)
+        assert len(times) == len(calls) == passes and min(times) > 0
+
+
+def test_one_after_another_is_the_time_of_one(device):
+    """By the host's clock, from the first call to the end of the last, over their number."""
+    calls = []
+    found = in_a_row(lambda: calls.append(time.sleep(0.002)), device, 5)
+    assert len(calls) == 5 and 2 <= found < 200
+
+
+class Ticks:
+    """A clock that only goes on while a call runs, in place of the module time; `took` holds what the calls take."""
+
+    def __init__(self, *took):
+        self.now, self.took, self.calls = 0.0, took, 0
+
+    def perf_counter(self):
+        return self.now
+
+    def call(self):
+        self.now += self.took[min(self.calls, len(self.took) - 1)]
+        self.calls += 1
+
+
+@pytest.mark.parametrize(
+    ("took", "budget_s", "calls", "seconds"),
+    [
+        ((3.0, 1.0), 100.0, WARM_UPS, 1.0),
+        ((3.0, 1.0), 8.0, 2, 1.0),  # half the budget is spent
+        ((3.0, 1.0), 1.0, 1, 3.0),  # but one there is always
+        ((1.0, 1.0, 0.5, 2.0), 100.0, WARM_UPS, 0.5),
+    ],
+)
+def test_an_estimate_is_the_least_of_a_few_calls(monkeypatch, took, budget_s, calls, seconds):
+    ticks = Ticks(*took)
+    monkeypatch.setattr(clock, "time", ticks)
+    assert estimate(ticks.call, "cpu", budget_s) == (seconds, 0.0) and ticks.calls == calls
+
+
+def test_calls_fit_in_a_budget_from_one_to_a_hundred():
+    assert [fitting(seconds, 1.0) for seconds in (1e-9, 0.01, 0.3, 1.0, 60.0)] == [100, 100, 3, 1, 1]
+
+
+def test_all_passes_are_made_within_the_budget_or_our_patience():
+    """By estimates: 100 passes of all three take 60 s here."""
+    seconds = dict(zip(TIMED, (0.1, 0.2, 0.3), strict=True))
+    assert sample_counts(seconds, 61, 0) == sample_counts(seconds, 2, 61) == dict.fromkeys(TIMED, PASSES)
+    assert sample_counts(seconds, 2, 59) == dict(zip(TIMED, (6, 3, 2), strict=True))
+    assert sample_counts(seconds, 0.2, 0) == dict.fromkeys(TIMED, 1)
+    assert sample_counts(seconds, 59, 0) == dict(zip(TIMED, (PASSES, 98, 65), strict=True))
+
+
+@pytest.mark.parametrize(("patience_s", "counts"), [(0, (10, 5, 3)), (61, (PASSES,) * 3)])
+def test_a_point_gets_the_passes_it_is_estimated_to_have(monkeypatch, patience_s, counts):
+    """Estimates of 0.1, 0.2 and 0.3 s; each phase is timed on the clock it is estimated on, with its own launches."""
+    guesses = {phase: (0.1 * at, float(at)) for at, phase in enumerate(TIMED, 1)}
+    left = [*guesses.values()]
+    monkeypatch.setattr(measuring, "estimate", lambda fn, device, budget_s: (fn(), left.pop(0))[1])
+    seen = []
+    monkeypatch.setattr(measuring, "time_passes", lambda fn, device, n, ms: [fn(), seen.append((n, ms)), 1.0][2:] * n)
+    row = measure(VARIANTS["naive"], Shape(1, 1, 16, 4), "cpu", 3.03, patience_s)
+    assert tuple(row[f"{phase}_ms_count"] for phase in TIMED) == counts and row["status"] == "ok"
+    assert seen == [(n, launch_ms) for n, (_, launch_ms) in zip(counts, guesses.values(), strict=True)]
 
 
 def test_functions_take_turns_in_an_order_drawn_for_each_round(device):
@@ -44,8 +137,6 @@ def test_functions_take_turns_in_an_order_drawn_for_each_round(device):
 @pytest.mark.gpu
 def test_times_do_not_depend_on_the_pace_of_the_host():
     """A call that launches its kernels slowly takes the device no longer."""
-    import time
-
     x = torch.randn(512, 512, device="cuda")
 
     def slow():
@@ -57,6 +148,79 @@ def test_times_do_not_depend_on_the_pace_of_the_host():
     wait_ms = 2 * warm_up(functions, "cuda")
     fast_ms, slow_ms = np.median(milliseconds(functions, 20, "cuda", wait_ms), axis=0)
     assert slow_ms < 2 * fast_ms
+
+
+def chain(q, k, v):
+    """Attention, forward and backward, of inputs without a graph of their own, as a function to call."""
+    do = torch.randn_like(q)
+    return lambda: torch.autograd.grad(VARIANTS["naive"].fn(q, k, v), (q, k, v), do)
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_what_was_captured():
+    """Forward alone, forward and backward, with what is in the inputs then; faster than by launching it."""
+    q, k, v = Shape(1, 1, 64, 16).inputs("cuda")
+    out = torch.zeros_like(q)
+    forward = graphed(lambda: out.copy_(VARIANTS["naive"].fn(q, k, v).detach()), "cuda")
+    with torch.no_grad():
+        v.mul_(2)
+    out.zero_()
+    forward()
+    torch.testing.assert_close(out, VARIANTS["naive"].fn(q, k, v).detach())
+    both = chain(q, k, v)
+    replay = graphed(both, "cuda")
+    estimates = [estimate(fn, "cuda", 1.0) for fn in (both, replay)]
+    assert estimates[1][1] < estimates[0][1], "one launch takes the host less than those of all kernels"
+    assert median(time_passes(replay, "cuda", 20, estimates[1][1])) > 0
+    assert median(alone(replay, "cuda", 20)) < median(alone(both, "cuda", 20))
+    assert in_a_row(replay, "cuda", 20) < in_a_row(both, "cuda", 20)
+
+
+@pytest.mark.gpu
+def test_the_users_clock_sees_the_launches_and_the_devices_does_not():
+    q, k, v = Shape(1, 1, 64, 16).inputs("cuda")
+    both = chain(q, k, v)
+    _, launch_ms = estimate(both, "cuda", 1.0)
+    assert launch_ms > 0
+    device_ms = median(time_passes(both, "cuda", 50, launch_ms))
+    assert device_ms < in_a_row(both, "cuda", 50) and device_ms < median(alone(both, "cuda", 50))
+
+
+def test_no_graph_is_made_on_a_cpu():
+    with pytest.raises(UserError, match="CUDA graph needs a CUDA GPU"):
+        graphed(lambda: None, "cpu")
+
+
+def capture_a_wait():
+    """What is said of a call that waits for the device, and whether the stream is the same afterwards."""
+    x, before = torch.ones(8, device="cuda"), torch.cuda.current_stream()
+    with pytest.raises(UserError) as error:
+        graphed(lambda: x.sum().item(), "cuda")
+    return str(error.value), torch.cuda.current_stream() == before
+
+
+@pytest.mark.gpu
+def test_what_no_graph_can_hold_is_refused():
+    """In a process of its own, whose allocator may take the capture to go on. Its stream is left."""
+    with Worker() as worker:
+        text, same_stream = worker.call(capture_a_wait)
+    assert text.startswith("no CUDA graph can be made of it: ") and "\n" not in text and same_stream
+
+
+@pytest.mark.gpu
+def test_the_clock_needs_no_memory_to_flush_the_cache(monkeypatch):
+    """With room for the call and 4 MiB beside it, and not with none."""
+    torch.cuda.empty_cache()
+    x = torch.randn(2**20, device="cuda")
+    held, limit = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    monkeypatch.setattr(clock, "CACHE_BYTES", limit)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (held + 64 * 2**20) / limit))
+    try:
+        assert len(time_passes(lambda: x + 1, "cuda", 3)) == 3
+        with pytest.raises(torch.OutOfMemoryError):
+            time_passes(lambda: torch.empty(2**27, device="cuda"), "cuda", 3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_measure_one_point(device):
@@ -169,82 +333,176 @@ def test_the_description_is_of_the_machine_at_hand(device):
     assert at_hand.resolve("auto").startswith("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_the_digest_is_of_what_lasts():
+    """Rows of one machine stay of one machine: whoever else uses it, whatever the driver tells on that day."""
+    found = at_hand.describe("cpu")
+    changed = replace(found, notes=("busy",), driver="580.1", power_limit_w=700.0)
+    assert at_hand.digest(changed) == at_hand.digest(found) != at_hand.digest(replace(found, threads=99))
+
+
+def test_a_machine_is_read_back_as_it_was_written():
+    """JSON makes lists of tuples."""
+    found = Machine("cuda", packages=("flash-attn-4",), notes=("one", "two"), driver="580.1", power_limit_w=700.0)
+    again = Machine.from_facts(json.loads(json.dumps(asdict(found))))
+    assert again == found and again.notes == found.notes and hash(again) == hash(found)
+    assert Machine.from_facts({"kind": "cpu"}).notes == ()
+
+
+@pytest.mark.parametrize(("others", "count"), [(0, 0), (2**30, 0), (3 * 2**30, 1)])
+def test_a_gpu_that_others_use_has_a_note(others, count):
+    """Half a GiB is the driver's own, for us; what PyTorch holds is ours as well."""
+    total, reserved = 80 * 2**30, 2**30
+    notes = at_hand.crowding(total - others - 2**29 - reserved, total, reserved)
+    assert len(notes) == count
+    assert not notes or notes[0] == "Other programs held 3.0 GiB of this GPU when the measuring began."
+
+
+def test_a_driver_is_asked_by_uuid_and_may_keep_silent(monkeypatch):
+    library = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlSystemGetDriverVersion=lambda: "580.1",
+        nvmlDeviceGetHandleByUUID={"GPU-1-2": 7}.__getitem__,
+        nvmlDeviceGetEnforcedPowerLimit={7: 700_000}.__getitem__,
+    )
+    monkeypatch.setattr(at_hand, "import_module", lambda name: library)
+    assert at_hand.from_driver("1-2") == at_hand.from_driver("GPU-1-2") == {"driver": "580.1", "power_limit_w": 700.0}
+    assert at_hand.from_driver("other") == {"driver": "580.1"}
+    monkeypatch.setattr(at_hand, "import_module", lambda name: 1 / 0)
+    assert at_hand.from_driver("1-2") == {}
+
+
+def test_points_at_the_power_limit_are_counted():
+    machine = Machine("cuda", power_limit_w=700.0)
+    found = at_hand.at_power_limit([679.0, 678.0, 705.5, math.nan, None], machine)
+    assert found == (
+        "In 2 of 3 measured points the GPU drew at least 97 % of its power limit of 700 W: its clock was held down."
+    )
+    assert at_hand.at_power_limit([100.0], machine) is None and at_hand.at_power_limit([], machine) is None
+    assert at_hand.at_power_limit([700.0], Machine("cuda")) is None
+
+
+def test_a_cpu_that_hides_its_clock_costs_nothing(monkeypatch):
+    monkeypatch.setattr(at_hand.psutil, "cpu_freq", lambda: 1 / 0, raising=False)
+    assert at_hand.state("cpu") == {}
+
+
 def test_ceilings_are_rates_by_size_and_by_dtype(monkeypatch):
-    """On a clock on which every pass takes a millisecond: 100 launches, a copy of both its operands, a product."""
-    monkeypatch.setattr(at_hand, "time_passes", lambda fn, device, budget_s: [1.0, 1.0, 5.0])
+    """On clocks on which a pass takes a millisecond at best: 100 operations, copies of both operands, a product."""
+    monkeypatch.setattr(at_hand, "estimate", lambda fn, device, budget_s: (budget_s / 3, 0.0))
+    monkeypatch.setattr(at_hand, "time_passes", lambda fn, device, passes, launch_ms: [5.0, 1.0, 1.5])
+    rows = iter([2.0] * 9 + [1.0] + [3.0] * 10)
+    monkeypatch.setattr(at_hand, "in_a_row", lambda fn, device, calls: next(rows))
     monkeypatch.setattr(at_hand, "memory_free", lambda device: 2**27)
     found = at_hand.ceilings("cpu", budget_s=1e-3)
-    assert found["launch_us"] == pytest.approx(10)
-    sizes = [2**20, 2**23]  # an eighth of the free memory at most
+    assert found["launch_us"] == found["graph_us"] == pytest.approx(10) and not [*rows]
+    sizes = [2**14, 2**17, 2**20, 2**23]  # an eighth of the free memory at most
     assert [*found["copy_gb_s"]] == [*found["clone_gb_s"]] == sizes
-    assert found["copy_gb_s"] == pytest.approx({size: 2 * 2**26 / 1e-3 / 1e9 for size in sizes})
+    moved = {size: 2 * size * min(100, 2**26 // size) for size in sizes}
+    assert found["copy_gb_s"] == pytest.approx({size: nbytes / 1e-3 / 1e9 for size, nbytes in moved.items()})
     assert found["gemm_tflop_s"] == pytest.approx(dict.fromkeys(DTYPES, 2 * 512**3 / 1e-3 / 1e12))
 
 
 def test_ceilings_of_the_device_at_hand(device, monkeypatch):
-    """Real ones, in a hurry: positive and finite."""
+    """Real ones, in a hurry: all there, positive and finite."""
     monkeypatch.setattr(at_hand, "memory_free", lambda device: 2**27)
     found = at_hand.ceilings(device, budget_s=1e-3)
-    rates = [
-        found["launch_us"],
-        *(x for kind in ("copy_gb_s", "clone_gb_s", "gemm_tflop_s") for x in found[kind].values()),
-    ]
-    assert all(0 < rate < math.inf for rate in rates)
+    assert {*found} == {"launch_us", "graph_us", "copy_gb_s", "clone_gb_s", "gemm_tflop_s"}
+    tables = [table for table in found.values() if isinstance(table, dict)]
+    rates = [found["launch_us"], found["graph_us"], *(rate for table in tables for rate in table.values())]
+    assert all(0 < rate < math.inf for rate in rates) and all(tables)
+    assert found["graph_us"] <= found["launch_us"] and (device == "cuda" or found["graph_us"] == found["launch_us"])
 
 
-def toy(launch_us=1.0, gb_s=1000.0, tflop_s=1.0):
-    """A machine with one rate for all sizes."""
+def toy(kind="cuda", launch_us=0.0, graph_us=0.0, gb_s=1e9, tflop_s=1e6):
+    """A machine with one rate for all sizes; what is not said takes no time."""
     rates = {"launch_us": launch_us, "copy_gb_s": {"1024": gb_s}, "gemm_tflop_s": dict.fromkeys(DTYPES, tflop_s)}
-    return Machine("cuda", ceilings=rates)
+    return Machine(kind, ceilings=rates | ({} if graph_us is None else {"graph_us": graph_us}))
 
 
-def test_the_rate_of_a_size_is_the_best_seen_at_that_size_or_above():
-    """A small copy runs in a cache at a rate that a large one never sees, a tiny one waits for its launch: it is held
-    against the best of all larger ones. Beyond the largest tried, that one's rate stands. JSON's keys are texts."""
-    rates = {"1000": 50.0, "1000000": 900.0, "1000000000": 400.0}
-    assert [rate_at(rates, size) for size in (1, 1000, 1001, 10**6, 10**6 + 1, 10**12)] == [900] * 4 + [400] * 2
+NAIVE, SMALL = VARIANTS["naive"], Shape(2, 1, 128, 32)
 
 
-def test_the_floor_is_the_sum_of_its_operations_or_of_their_launches():
-    """By hand: each operation waits for its bytes or for its product, whichever takes longer; and the whole takes at
-    least the launches one after the other."""
-    variant, shape = VARIANTS["naive"], Shape(2, 1, 128, 32)
-    for machine, regime in (
-        (toy(launch_us=1e3), "launch"),
-        (toy(launch_us=0, gb_s=1e-3, tflop_s=1e6), "bandwidth"),
-        (toy(launch_us=0, gb_s=1e9, tflop_s=1e-6), "compute"),
-    ):
-        found, each = floor(variant, shape, machine), operations(variant, shape, machine)
-        for phase, products in (("forward", 2), ("backward", 4)):
-            mine = [op for op in each if op["phase"] == phase]
-            launched = len(mine) * machine.ceilings["launch_us"] / 1e3
-            executed = sum(
-                max(
-                    op["traffic_bytes"] / machine.ceilings["copy_gb_s"]["1024"] / 1e6,
-                    op["flops"] / machine.ceilings["gemm_tflop_s"]["float32"] / 1e9,
-                )
-                for op in mine
-            )
-            assert found[f"{phase}_floor_ms"] == pytest.approx(max(launched, executed))
-            assert found[f"{phase}_regime"] == regime
-            assert sum(op["flops"] > 0 for op in mine) == products
-    assert "return" not in {op["op"] for op in each} and {op["phase"] for op in each} == {"forward", "backward"}
+def test_the_rate_of_a_size_is_the_best_seen_from_the_next_below_it_up():
+    """What lies between two sizes may still run in the cache in which the smaller one runs. Beyond the largest tried,
+    that one's rate stands; below the smallest, the best of all. JSON's keys are texts."""
+    rates = {"1000": 50.0, "100000": 900.0, "1000000": 700.0, "1000000000": 400.0}
+    sizes = (1, 1000, 99_999, 10**5, 10**6 - 1, 10**6, 10**9 - 1, 10**9, 10**12)
+    assert [rate_at(rates, size) for size in sizes] == [900] * 5 + [700] * 2 + [400] * 2
+
+
+def test_a_rate_is_a_bound_between_the_sizes_seen():
+    """Of a machine whose rate falls, or rises, from size to size: no size in between goes faster than `rate_at`."""
+    for true_rate in (lambda size: 1e6 / size, lambda size: size / 1e6):
+        seen = {size: true_rate(size) for size in (10, 100, 1000)}
+        assert all(rate_at(seen, size) >= true_rate(size) for size in range(10, 1001))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_the_floor_is_the_sum_of_its_operations(kind):
+    """By hand: each operation waits for its bytes, for its product, or for being an operation at all."""
+    tiny = {"cpu": {"launch_us": 3.0}, "cuda": {"graph_us": 3.0}}[kind]
+    machine = toy(kind, gb_s=60.0, tflop_s=0.5, **tiny)
+    one = VARIANTS["naive_custom"]  # whose row sums are tiny
+    found, each = floor(one, SMALL, machine), operations(one, SMALL, machine)
+    for phase, products in (("forward", 2), ("backward", 4)):
+        mine = [op for op in each if op["phase"] == phase]
+        least = [max(op["traffic_bytes"] / 60 / 1e6, op["flops"] / 0.5 / 1e9, 3e-3) for op in mine]
+        assert found[f"{phase}_floor_ms"] == pytest.approx(sum(least))
+        assert sum(op["flops"] > 0 for op in mine) == products
+        assert all(op["traffic_bytes"] or op["flops"] for op in mine)
+    assert "return" not in {op["op"] for op in each} and {op["phase"] for op in each} == {*PHASES}
+    assert {op["regime"] for op in each} == {"launch" if kind == "cpu" else "latency", "bandwidth", "compute"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "regime", "user_regime"),
+    [
+        (toy(graph_us=1e3), "latency", "latency"),
+        (toy(graph_us=1.0, launch_us=1e3), "latency", "launch"),
+        (toy(gb_s=1e-3, launch_us=1.0), "bandwidth", "bandwidth"),
+        (toy(gb_s=1e-3, launch_us=1e9), "bandwidth", "launch"),
+        (toy(tflop_s=1e-6), "compute", "compute"),
+        (toy("cpu", launch_us=1e3, graph_us=1.0), "launch", "launch"),
+        (toy("cpu", launch_us=1.0, gb_s=1e-3), "bandwidth", "bandwidth"),
+        (toy(graph_us=None, gb_s=1e-3), "bandwidth", "bandwidth"),
+    ],
+)
+def test_each_clock_has_its_floor_and_its_regime(machine, regime, user_regime):
+    """The user waits for the device, and for all launches one after the other; on a CPU the clocks are one."""
+    found, each = floor(NAIVE, SMALL, machine), operations(NAIVE, SMALL, machine)
+    for phase in PHASES:
+        mine = [op["execution_ms"] for op in each if op["phase"] == phase]
+        launches = len(mine) * machine.ceilings["launch_us"] / 1e3
+        assert (found[f"{phase}_regime"], found[f"{phase}_user_regime"]) == (regime, user_regime)
+        assert found[f"{phase}_floor_ms"] == pytest.approx(sum(mine))
+        assert found[f"{phase}_user_floor_ms"] == pytest.approx(max(sum(mine), launches))
+        assert not machine.is_cpu or found[f"{phase}_user_floor_ms"] == found[f"{phase}_floor_ms"]
 
 
 def test_a_floor_falls_in_proportion_to_the_rate_that_bounds_it():
-    variant, shape = VARIANTS["naive"], Shape(2, 1, 128, 32)
-    slow, fast = (floor(variant, shape, toy(launch_us=0, gb_s=rate, tflop_s=1e9)) for rate in (1.0, 4.0))
+    slow, fast = (floor(NAIVE, SMALL, toy(gb_s=rate, tflop_s=1e9)) for rate in (1.0, 4.0))
     assert slow["backward_floor_ms"] == pytest.approx(4 * fast["backward_floor_ms"])
     assert slow["backward_floor_ms"] > slow["forward_floor_ms"] > 0
 
 
 def test_a_floor_may_be_taken_at_other_rates():
     """Of clones, into memory allocated for them, in place of copies."""
-    machine = toy(launch_us=0, tflop_s=1e9)
+    machine = toy(gb_s=1000.0, tflop_s=1e9)
     machine.ceilings["clone_gb_s"] = {"1024": 500.0}
-    variant, shape = VARIANTS["naive"], Shape(2, 1, 128, 32)
-    copied, cloned = floor(variant, shape, machine), floor(variant, shape, machine, "clone_gb_s")
+    copied, cloned = floor(NAIVE, SMALL, machine), floor(NAIVE, SMALL, machine, "clone_gb_s")
     assert cloned["forward_floor_ms"] == pytest.approx(2 * copied["forward_floor_ms"])
+
+
+@pytest.mark.xfail(reason="data are measured anew with this issue", strict=False)
+def test_no_committed_median_lies_below_its_floor():
+    """On any device, at any point: a floor that is undercut is none."""
+    below = []
+    for device in COMMITTED:
+        rows = with_floors(load(device, "01_naive_sweep"), machine_of(device, "01"))
+        for phase in PHASES:
+            under = rows[rows[f"{phase}_ms"] < rows[f"{phase}_floor_ms"]]
+            below += [(device, phase, *point) for point in under[[*POINT]].itertuples(index=False, name=None)]
+    assert not below
 
 
 def test_points_of_one_name_are_measured_once(worker):

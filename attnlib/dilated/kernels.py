@@ -101,8 +101,9 @@ def needs_cpu(shape: Shape, machine: Device) -> str | None:
 
 def needs_efficient_alone(shape: Shape, machine: Device) -> str | None:
     """needs_efficient, and that no other kernel is better."""
-    half = "half types have better kernels than the efficient one" if shape.dtype != "float32" else None
-    return known.needs_efficient(shape, machine) or half
+    better = shape.dtype != "float32" and Machine.of(machine).capability >= (8, 0)
+    reason = "half types have better kernels than the efficient one" if better else None
+    return known.needs_efficient(shape, machine) or reason
 
 
 def needs_flash_unpadded(shape: Shape, machine: Device) -> str | None:

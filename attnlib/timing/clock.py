@@ -1,18 +1,32 @@
-"""How long a call takes: the device's clock on a GPU, the host's on a CPU."""
+"""How long a call takes, by two clocks that are told apart.
+
+The device's (`milliseconds`, `time_passes`): each call is queued behind a kernel that waits until the host has launched
+all of it, so that only the device's work counts. The user's (`alone`, `in_a_row`): what the host waits for, its own
+launches included. On a CPU they are one."""
 
 import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from attnlib.core import UserError
 from attnlib.rows import STATISTICS
 
-PASSES = 100  # the published protocol's number of timed passes
+PASSES, WARM_UPS = 100, 5  # the published protocol's numbers of timed passes and of those before them
 CYCLES_PER_MS = 2_000_000  # of a waiting kernel, at about the highest clock that GPUs have
+LONGEST_WAIT_MS = 10.0  # of time_passes: a call with thousands of launches is not hidden whole, or it would take hours
 CACHE_BYTES = 256 * 2**20  # overwritten before each pass, more than any cache holds, as triton's do_bench does
+FEWEST_CACHE_BYTES = 4 * 2**20  # where there is no memory for that
+
+
+def settle(device: str | torch.device) -> None:
+    """Wait until the device has done what was launched."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def warm_up(functions: Sequence[Callable], device: str | torch.device) -> float:
@@ -28,67 +42,128 @@ def warm_up(functions: Sequence[Callable], device: str | torch.device) -> float:
     return slowest
 
 
+def estimate(fn: Callable, device: str | torch.device, budget_s: float) -> tuple[float, float]:
+    """Seconds that one call takes, and milliseconds that the host takes to launch it (0 on a CPU): the least of up to
+    WARM_UPS calls, each alone, no more of them once half of `budget_s` is spent, but one at least, on a GPU two."""
+    on_gpu, taken, launched = torch.device(device).type == "cuda", list[float](), list[float]()
+    settle(device)
+    while len(taken) < 1 + on_gpu or (len(taken) < WARM_UPS and sum(taken) < budget_s / 2):
+        begun = time.perf_counter()
+        fn()
+        launched.append(time.perf_counter() - begun)
+        settle(device)
+        taken.append(time.perf_counter() - begun)
+    return min(taken), 1e3 * min(launched) * on_gpu
+
+
+def fitting(seconds: float, budget_s: float) -> int:
+    """How many calls of so many seconds fit in a budget: at least one, at most PASSES."""
+    return min(PASSES, max(1, int(budget_s / seconds)))
+
+
+def queue(
+    functions: Sequence[Callable], order: Sequence[int], device: str | torch.device, wait_ms: float, cache_bytes: int
+) -> list[tuple[Any, Any]]:
+    """Launch `functions` on a GPU in an order, each behind a flush of its caches and a kernel that waits.
+
+    Returns the event before and the event after each. Raises torch.OutOfMemoryError."""
+    marks = []
+    with torch.cuda.device(device):
+        flush = torch.empty(cache_bytes, dtype=torch.int8, device=device)
+        for which in order:
+            flush.zero_()
+            torch.cuda._sleep(int(wait_ms * CYCLES_PER_MS))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            functions[which]()
+            end.record()
+            marks.append((start, end))
+    return marks
+
+
 def milliseconds(
     functions: Sequence[Callable], rounds: int, device: str | torch.device, wait_ms: float = 0.5
 ) -> np.ndarray:
     """`[rounds, len(functions)]`: each call's time, the functions taking turns in an order drawn for each round.
 
     On CUDA each call is queued behind a kernel that waits for `wait_ms`. What the host launches in that time runs at
-    the device's pace alone; what takes longer to launch does not."""
+    the device's pace alone; what takes longer to launch does not. Raises torch.OutOfMemoryError where the calls do not
+    fit beside FEWEST_CACHE_BYTES."""
     times, order = np.zeros((rounds, len(functions))), list(range(len(functions)))
-    on_gpu, marks = torch.device(device).type == "cuda", []
-    flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device) if on_gpu else None
+    turns: list[tuple[int, int]] = []
     for turn in range(rounds):
         random.Random(turn).shuffle(order)
-        for which in order:
-            if flush is None:
-                begun = time.perf_counter_ns()
-                functions[which]()
-                times[turn, which] = (time.perf_counter_ns() - begun) / 1e6
-                continue
-            with torch.cuda.device(device):
-                flush.zero_()
-                torch.cuda._sleep(int(wait_ms * CYCLES_PER_MS))
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                functions[which]()
-                end.record()
-            marks.append((turn, which, start, end))
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    for turn, which, start, end in marks:
-        times[turn, which] = start.elapsed_time(end)
+        turns += [(turn, which) for which in order]
+    if torch.device(device).type == "cpu":
+        for turn, which in turns:
+            begun = time.perf_counter_ns()
+            functions[which]()
+            times[turn, which] = (time.perf_counter_ns() - begun) / 1e6
+        return times
+    marks, cache_bytes = None, CACHE_BYTES
+    while marks is None:
+        try:
+            marks = queue(functions, [which for _, which in turns], device, wait_ms, cache_bytes)
+        except torch.OutOfMemoryError:
+            if cache_bytes <= FEWEST_CACHE_BYTES:
+                raise
+        cache_bytes //= 4  # out here, where nothing holds the tensors of the calls that failed
+    torch.cuda.synchronize(device)
+    for place, (start, end) in zip(turns, marks, strict=True):
+        times[place] = start.elapsed_time(end)
     return times
 
 
-def time_passes(fn: Callable, device: str | torch.device, budget_s: float) -> list[float]:
-    """Milliseconds of up to 100 calls of `fn`, as many as fit in `budget_s` seconds, at least one, after warm-ups.
+def time_passes(fn: Callable, device: str | torch.device, passes: int, launch_ms: float = 0.25) -> list[float]:
+    """Milliseconds on the device's clock of `passes` calls, one sample each; `estimate` is to have called `fn` before.
 
-    On CUDA by triton.testing.do_bench: device events, the L2 cache flushed before each pass, six warm-ups of its own.
-    On the CPU by torch.utils.benchmark.Timer with all of torch's threads, after five warm-ups (fewer where they alone
-    would use up half the budget); where a pass is shorter than about a millisecond each figure is the mean over a block
-    of passes. Where fewer than six passes fit, by `milliseconds`, which needs no more of them."""
-    on_gpu, begun, estimate_s = torch.device(device).type == "cuda", time.perf_counter(), 0.0
-    for _ in range(2 if on_gpu else 5):
-        started = time.perf_counter()
+    On CUDA each waits twice the `launch_ms` that the host takes to launch it, up to LONGEST_WAIT_MS. On the CPU with
+    all of torch's threads."""
+    return milliseconds([fn], passes, device, min(LONGEST_WAIT_MS, 2 * launch_ms))[:, 0].tolist()
+
+
+def in_a_row(fn: Callable, device: str | torch.device, calls: int) -> float:
+    """Milliseconds on the user's clock of one of `calls` calls made one after another, and waited for at the end."""
+    settle(device)
+    begun = time.perf_counter()
+    for _ in range(calls):
         fn()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        estimate_s = time.perf_counter() - started
-        if time.perf_counter() - begun > budget_s / 2:
-            break
-    if estimate_s > budget_s / 6:
-        return milliseconds([fn], max(1, int(budget_s / estimate_s)), device)[:, 0].tolist()
-    span_s = min(budget_s, PASSES * estimate_s)
-    if on_gpu:
-        from triton.testing import do_bench
+    settle(device)
+    return 1e3 * (time.perf_counter() - begun) / calls
 
-        with torch.cuda.device(device):
-            return do_bench(fn, warmup=0, rep=1e3 * span_s, return_mode="all")[:PASSES]
-    from torch.utils.benchmark import Timer  # not at the top: it counts GPUs, and no fork could then use one
 
-    timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
-    return [1e3 * s for s in timer.blocked_autorange(min_run_time=span_s).times[:PASSES]]
+def alone(fn: Callable, device: str | torch.device, passes: int) -> list[float]:
+    """Milliseconds on the user's clock of `passes` calls, each made of an idle device and waited for."""
+    return [in_a_row(fn, device, 1) for _ in range(passes)]
+
+
+def graphed(fn: Callable, device: str | torch.device) -> Callable[[], None]:
+    """A function that replays what one call of `fn` launches, as a CUDA graph: without the host's work for each kernel.
+
+    Captured as PyTorch's notes on CUDA graphs say, after calls on the same stream. A backward pass is to go through
+    operations that `fn` itself has recorded, and no other record of operations on the same inputs may be alive. Raises
+    UserError on a CPU, and where `fn` does what a graph cannot hold, such as waiting for the device: measure no memory
+    in that process then, whose allocator may take the capture to go on (PyTorch's pull request 180395)."""
+    if torch.device(device).type != "cuda":
+        raise UserError("a CUDA graph needs a CUDA GPU")
+    with torch.cuda.device(device):
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):  # left also where the capture fails, which stays on its stream then
+                for _ in range(3):
+                    fn()
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph, stream=side):
+                    fn()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"no CUDA graph can be made of it: {text}") from error
+        torch.cuda.current_stream().wait_stream(side)
+    graph.reads = fn  # and its inputs, which must live as long; what the graph writes lies in a pool of its own
+    return graph.replay
 
 
 def longest_kernel(fn: Callable, device: str | torch.device) -> str:

@@ -2,7 +2,7 @@
 
 import gc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from attnlib.core import PHASES, Shape, UserError
 from attnlib.laws import Variant, bytes_needed, law_of
 from attnlib.memory.allocator import account
 from attnlib.rows import TIMED
-from attnlib.timing.clock import longest_kernel, statistics, time_passes
+from attnlib.timing.clock import PASSES, estimate, fitting, longest_kernel, statistics, time_passes
 from attnlib.timing.machine import memory_free, state
 
 # what PyTorch on the CPU, the CUDA driver, and the libraries above it say when memory ran out
@@ -39,14 +39,28 @@ def predicted_shortage(variant: Variant, shape: Shape) -> dict | None:
     return None
 
 
-def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", budget_s: float = 6.0) -> dict:
+def sample_counts(seconds: Mapping[str, float], budget_s: float, patience_s: float) -> dict[str, int]:
+    """How often each of TIMED is called, from what one call of each takes: PASSES if all of these together take less
+    than `budget_s` or `patience_s` seconds, else as often as fits in a third of the budget."""
+    if PASSES * sum(seconds.values()) < max(budget_s, patience_s):
+        return dict.fromkeys(seconds, PASSES)
+    return {phase: fitting(one, budget_s / len(TIMED)) for phase, one in seconds.items()}
+
+
+def measure(
+    variant: Variant,
+    shape: Shape,
+    device: str | torch.device = "cpu",
+    budget_s: float = 6.0,
+    patience_s: float = 0.0,
+) -> dict:
     """Measure one point: memory from the allocator, then the time of forward, of backward, and of both together.
 
-    Each of the three is given a third of `budget_s` seconds. Backward gets a random upstream gradient and is timed with
-    the graph kept, through torch.autograd.grad, so that no gradient is accumulated. Returns the point's columns, the
-    figures that could be had, and `status`, `phase`, `reason`: running out of memory, or a variant that cannot run
-    there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel` is the name
-    of what ran longest in the attention: of a pinned backend, its kernel."""
+    Times are of the device's clock, as many as `sample_counts` says. Backward gets a random upstream gradient and is
+    timed with the graph kept, through torch.autograd.grad, so that no gradient is accumulated. Returns the point's
+    columns, the figures that could be had, and `status`, `phase`, `reason`: running out of memory, or a variant that
+    cannot run there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel` is
+    the name of what ran longest in the attention: of a pinned backend, its kernel."""
     row = {"variant": variant.name, **shape.columns(), "status": "ok", "phase": "", "reason": ""}
     if reason := variant.needs(shape, device):
         return {**row, "status": "unsupported", "reason": reason}
@@ -59,17 +73,25 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
     def both(inputs: Sequence, do: torch.Tensor) -> tuple:
         return torch.autograd.grad(run(inputs), inputs, do)
 
-    def backward(inputs: Sequence, do: torch.Tensor) -> Callable:
-        o = run(inputs)
-        return lambda: torch.autograd.grad(o, inputs, do, retain_graph=True)
+    def to_time(phase: str) -> Callable:
+        if phase == "backward":
+            return partial(torch.autograd.grad, run(inputs), inputs, do, retain_graph=True)
+        return partial(run, inputs) if phase == "forward" else partial(both, inputs, do)
 
     def kernel() -> dict:
         alone = variant.inner or variant
         fn = partial(alone.fn, *alone.inputs(shape, device), causal=shape.causal)
         return {"kernel": longest_kernel(fn, device)}
 
-    def time(phase: str, fn: Callable) -> dict:
-        return statistics(phase, time_passes(fn, device, budget_s / len(TIMED)))
+    def guess(phase: str) -> dict:
+        guesses[phase] = estimate(to_time(phase), device, budget_s / len(TIMED))
+        return {}
+
+    def time(phase: str) -> dict:
+        fn, (_, launch_ms) = to_time(phase), guesses[phase]
+        if torch.device(device).type == "cuda":
+            fn()  # takes from the driver the memory that was given back since, which waits for the device
+        return statistics(phase, time_passes(fn, device, counts[phase], launch_ms))
 
     def fits(phase: str, step: Callable[[], dict]) -> bool:
         try:
@@ -86,6 +108,7 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
         return row["phase"] != phase
 
     inputs: list[torch.Tensor] = []
+    guesses: dict[str, tuple[float, float]] = {}
 
     def lay_out() -> dict:
         small = variant.inputs(Shape(1, shape.heads, 16, shape.head_dim, shape.dtype, shape.causal), device)
@@ -96,10 +119,11 @@ def measure(variant: Variant, shape: Shape, device: str | torch.device = "cpu", 
     seen = partial(account, variant, causal=shape.causal)
     if fits("inputs", lay_out) and fits("forward", lambda: seen(*inputs, backward=False)):
         trains = fits("backward", lambda: seen(*inputs, backward=True))
-        fits("forward", lambda: time("forward", lambda: run(inputs)))
+        do = torch.randn_like(inputs[0]) if trains else None
+        for phase in TIMED if trains else TIMED[:1]:
+            fits(phase.removeprefix("forward_"), partial(guess, phase))
+        counts = sample_counts({phase: seconds for phase, (seconds, _) in guesses.items()}, budget_s, patience_s)
+        for phase in guesses:
+            fits(phase.removeprefix("forward_"), partial(time, phase))
         fits("forward", kernel)
-        if trains:
-            do = torch.randn_like(inputs[0])
-            fits("backward", lambda: time("backward", backward(inputs, do)))
-            fits("backward", lambda: time("forward_backward", lambda: both(inputs, do)))
     return {**row, **state(device)}

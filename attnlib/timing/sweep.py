@@ -19,7 +19,7 @@ from attnlib.laws import Variant, bytes_needed, law_of
 from attnlib.memory.check import observed
 from attnlib.rows import COLUMNS, ORIGIN, SCHEMA
 from attnlib.timing.measure import measure
-from attnlib.timing.worker import Worker, WorkerDied, forkserver
+from attnlib.timing.worker import Worker, WorkerDied
 
 Row = dict[str, Any]
 
@@ -45,13 +45,15 @@ def point_name(variant: Variant, shape: Shape) -> str:
     return " ".join(map(str, [variant.name, *sizes])) + " causal" * bool(causal)
 
 
-def point_jobs(points: Iterable[tuple[Variant, Shape]], device: str, budget_s: float) -> list[Job]:
+def point_jobs(
+    points: Iterable[tuple[Variant, Shape]], device: str, budget_s: float, patience_s: float = 0.0
+) -> list[Job]:
     """`measure` of each `(variant, shape)`, each once, as jobs."""
 
     def job(name: str, variant: Variant, shape: Shape) -> Job:
         point = {"variant": variant.name, **shape.columns()}
         lost = lambda status, reason: {**point, "status": status, "phase": "", "reason": reason}  # noqa: E731
-        return Job(name, measure, (variant, shape, device, budget_s), lost=lost)
+        return Job(name, measure, (variant, shape, device, budget_s, patience_s), lost=lost)
 
     wanted: dict[str, tuple[Variant, Shape]] = {}
     for point in points:
@@ -86,7 +88,7 @@ def run_jobs(
         if worker and lanes == 1 and job.process is None:
             return worker
         if not hasattr(local, "worker"):
-            local.worker, local.process = Worker(forkserver() if lanes > 1 or job.process is not None else None), None
+            local.worker, local.process = Worker(), None
             started.append(local.worker)
         if job.process != local.process:
             local.worker.stop()

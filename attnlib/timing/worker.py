@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from multiprocessing.forkserver import ensure_running
 from typing import Any
 
 from attnlib.core import UserError
@@ -53,13 +54,19 @@ def forkserver() -> BaseContext:
     return context
 
 
+def start_early() -> None:
+    """Start the fork server now: it imports what workers need while the caller goes on."""
+    forkserver()
+    ensure_running()
+
+
 class Worker:
     """A process started when first called, and replaced after it has died.
 
-    context: how the process is started; a fresh interpreter, or see `forkserver`."""
+    It starts from a server that has imported this package, which takes no time after the first."""
 
-    def __init__(self, context: BaseContext | None = None) -> None:
-        self.context: Any = context or multiprocessing.get_context("spawn")
+    def __init__(self) -> None:
+        self.context: Any = forkserver()
         self.process: Any = None
 
     def __enter__(self) -> Worker:
