@@ -16,7 +16,7 @@ ifndef PYTHON
 endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: report replay test bench lab lint clean help ready
+.PHONY: report replay publish test bench lab lint clean help ready
 .DEFAULT_GOAL := help
 
 report: ready ## measure this machine and write build/<device>/report.html and .pdf (DEVICE=auto|all|cpu|cuda:1 PROFILE=full|quick ONLY=02)
@@ -24,6 +24,9 @@ report: ready ## measure this machine and write build/<device>/report.html and .
 
 replay: ready ## rebuild the report from committed data (DEVICE=nvidia-h200)
 	@"$(PYTHON)" -m report.build replay --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
+
+publish: ready ## replay committed data, and if all laws hold keep its claims and figures in data/ and figures/ (DEVICE=nvidia-h200)
+	@"$(PYTHON)" -m report.build publish --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
 
 test: ready ## run the tests; those that need a GPU are skipped where there is none
 	@"$(PYTHON)" -m pytest -m "not ci and not stress" -n auto --maxprocesses 8 $(ARGS)
@@ -48,10 +51,10 @@ ready: $(OWN)
 	  echo "error: $(PYTHON) lacks $$lacking; install with: $(PYTHON) -m pip install -e \".[dev]\"" >&2; exit 1; \
 	fi
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml report/constraints.txt
 	@echo "making .venv (torch and Jupyter: a few minutes of downloads the first time)"
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed" >&2; exit 1; }
-	@python3 -m venv .venv && .venv/bin/python -m pip install --quiet -e '.[dev]' && touch $@
+	@python3 -m venv .venv && .venv/bin/python -m pip install --quiet -c report/constraints.txt -e '.[dev]' && touch $@
 
 clean: ## remove what was generated: build/ and caches
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache

@@ -1,177 +1,191 @@
 """Runs the notebooks on a device and turns them into build/<device>/report.html and report.pdf.
 
 `python -m report.build measure` runs everything on this machine, `replay --device nvidia-h200` rebuilds the report from
-committed data. The Makefile's targets `report` and `replay` call it."""
+committed data, `publish` does the same and keeps claims and figures. The Makefile's targets call it. The report is
+always built: what is broken, stopped or not there stands on its first page, and decides the exit status."""
 
 import argparse
 import importlib.util
 import json
+import logging
 import os
 import shutil
-import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
+from typing import TextIO
 
 import nbformat
 import pandas as pd
 import papermill
 import torch
 from nbclient.exceptions import DeadKernelError
-from nbconvert.exporters import MarkdownExporter
-from nbconvert.preprocessors import Preprocessor, TagRemovePreprocessor
 from traitlets.config import Config
 
 from attnlib.core import Machine, UserError
 from attnlib.timing.machine import describe, resolve
 from attnlib.timing.worker import Worker, WorkerDied
 from report import stored
+from report.export import cell_of, cut, export, heading, labels, plain
 from report.run import CLAIMS, PROFILES, profile, write
 
 ROOT = Path(__file__).parent.parent
-HERE = ROOT / "report"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+EXPECTED_MINUTES = {("cuda", "full"): 15, ("cuda", "quick"): 4, ("cpu", "full"): 8, ("cpu", "quick"): 3}
+TIMED_ON = {"cuda": "an H200", "cpu": "two CPU cores"}  # what these minutes are of
 
 
-def execute(notebook: Path, target: Path, parameters: dict):
-    """Run a notebook into `target`, which appears only if every cell succeeded.
+class Once:
+    """Where kernels' stderr goes: each line once, since each of them warns anew. A progress bar passes as it is."""
 
-    Raises UserError with the failing cell's last line, or if the kernel died."""
-    draft = target.with_suffix(".partial.ipynb")
-    how = {"kernel_name": "python3", "cwd": notebook.parent, "progress_bar": False, "stderr_file": sys.stderr}
+    def __init__(self, to: TextIO):
+        self.to, self.seen, self.rest, self.in_bar = to, {""}, "", False
+
+    def write(self, text: str):
+        """Write what is whole and new; the rest waits for its end."""
+        if "\r" in text:
+            self.to.write(text)
+            self.in_bar = True
+            return
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            if self.in_bar or line not in self.seen:
+                self.to.write(f"{line}\n")
+            self.seen.add(line)
+            self.in_bar = False
+
+    def flush(self):
+        """As a file."""
+        self.to.flush()
+
+
+def execute(
+    notebook: Path, target: Path, parameters: dict, kind: str, stderr: Once | TextIO | None = None
+) -> str | None:
+    """Run a notebook into `target`, without the cells tagged for the other kind of device. Why it stopped, or None.
+
+    What ran before it stopped is kept, and a notice stands in place of the rest."""
+    draft, errors = target.with_suffix(".partial.ipynb"), stderr or sys.stderr
+    given, other = nbformat.read(notebook, 4), "gpu" if kind == "cpu" else "cpu"
+    given.cells = [cell for cell in given.cells if other not in cell.metadata.get("tags", [])]
+    nbformat.write(given, draft)
+    how = {"kernel_name": "python3", "cwd": notebook.parent, "progress_bar": False, "stderr_file": errors}
+    # it is saved at its end, however that comes: after each cell that would take as long as the cell
+    how |= {"request_save_on_cell_execute": False, "extra_arguments": ["--log-level=CRITICAL"]}
     how["config"] = Config({"KernelManager": {"transport_encryption": "auto"}})  # or each kernel prints a warning
+    reason = None
     try:
-        papermill.execute_notebook(notebook, draft, parameters=parameters, **how)
+        papermill.execute_notebook(draft, draft, parameters=parameters, **how)
     except papermill.PapermillExecutionError as error:
-        raise UserError(
-            f"{notebook.name} failed: {error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''}"
-        ) from error
-    except DeadKernelError as error:
-        raise UserError(f"{notebook.name} failed: its kernel died") from error
+        reason = ": ".join(filter(None, (error.ename, *error.evalue.strip().splitlines()[:1])))
+    except DeadKernelError:
+        reason = "its kernel died"
+    except Exception as error:  # a kernel that does not start, does not answer, sends what is no message
+        reason = f"{type(error).__name__}: {error}"
+    # papermill puts cells of its own around one that failed
+    ran = papermill.execute.remove_error_markers(nbformat.read(draft, 4))
+    if not reason and any(cell.metadata.get("papermill", {}).get("exception") for cell in ran.cells):
+        reason = "it was left before its end"  # by sys.exit(), which papermill takes for a success
+    if reason:
+        reason = textwrap.shorten(reason, 300, placeholder=" …")
+        cut(ran, reason)
+    nbformat.write(ran, draft)
     draft.rename(target)
+    return reason
 
 
-def check_claims(out: Path, folder: str):
-    """Write the claims that the notebooks made to data/<folder>/claims.csv. Raises UserError if one does not hold."""
-    texts = {path.stem: path.read_text() for path in sorted((out / "notebooks").glob("*.claims"))}
-    found = [{"notebook": name, **json.loads(line)} for name, text in texts.items() for line in text.splitlines()]
-    columns = ["notebook", "claim", "predicted", "measured", "holds"]
-    write(ROOT / "data" / folder / "claims.csv", pd.DataFrame(found, columns=columns).to_csv(index=False))
-    if failed := [f"{claim['claim']} ({claim['notebook']})" for claim in found if not claim["holds"]]:
-        raise UserError(f"{len(failed)} claim(s) do not hold: {'; '.join(failed)}")
+def claims_of(out: Path) -> list[dict]:
+    """The claims that the notebooks made, in their order, which are written to claims.csv as well."""
+    found = []
+    for path in sorted((out / "notebooks").glob("*.claims")):
+        for line in path.read_text().splitlines():
+            try:
+                found.append({"notebook": path.stem, **json.loads(line)})
+            except ValueError:  # the last line of a kernel that was killed while it wrote
+                continue
+    columns = ["notebook", "kind", "claim", "expected", "measured", "holds"]
+    write(out / "claims.csv", pd.DataFrame(found, columns=columns).to_csv(index=False))
+    return found
 
 
-class Cells(Preprocessor):
-    """Takes label and caption out of a cell's `#| key: "value"` comments, stderr out of its outputs, and
-    joins what was printed in a row, which may arrive in pieces."""
-
-    def preprocess_cell(self, cell, resources, index):
-        """One cell at a time, as nbconvert calls it."""
-        cell.metadata.setdefault("tags", [])
-        if cell.cell_type == "code":
-            lines = cell.source.splitlines()
-            options = [line for line in lines if line.startswith("#|")]
-            for line in options:
-                name, value = line.removeprefix("#|").split(":", 1)
-                cell.metadata[name.strip()] = value.strip().strip('"')
-            cell.source = "\n".join(line for line in lines if line not in options).strip()
-            outputs, cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"], []
-            for output in outputs:
-                if output.output_type == "stream" and cell.outputs and cell.outputs[-1].output_type == "stream":
-                    cell.outputs[-1].text += output.text
-                else:
-                    cell.outputs.append(output)
-        return cell, resources
+def expectation(machine: Machine, parameters: dict, only: str) -> str:
+    """How long it will take, in a line."""
+    if parameters.get("replay"):
+        return f"replaying what was measured on {machine.name}: a few minutes"
+    minutes, where = EXPECTED_MINUTES[machine.kind, parameters["profile"]], TIMED_ON[machine.kind]
+    part = f"chapter {int(only)} of a report that takes" if only else f"profile {parameters['profile']},"
+    return f"measuring {machine.name}: {part} about {minutes} minutes on {where}"
 
 
-def markdown(notebooks: list[Path], folder: Path) -> str:
-    """The executed notebooks as one pandoc Markdown text; their figures are written into `folder`."""
-    tags = TagRemovePreprocessor(
-        remove_cell_tags=["remove-cell", "parameters", "injected-parameters"],
-        remove_input_tags=["remove-input"],
-        remove_all_outputs_tags=["remove-output"],
-    )
-    paths = [str(HERE / "markdown"), *MarkdownExporter().template_paths]
-    exporter = MarkdownExporter(template_name="markdown", template_paths=paths)
-    exporter.register_preprocessor(Cells(), enabled=True)
-    exporter.register_preprocessor(tags, enabled=True)
-    texts = []
-    for notebook in notebooks:
-        text, resources = exporter.from_notebook_node(
-            nbformat.read(notebook, 4), {"unique_key": notebook.stem, "output_files_dir": "."}
-        )
-        texts.append(text)
-        for name, data in resources["outputs"].items():
-            (folder / name).write_bytes(data)
-    return "\n\n".join(texts)
+def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tuple[list[str], list[str]]:
+    """Execute every notebook and export the report to build/<folder>/, whatever becomes of them: what is wrong with it,
+    and which chapters are not in it. A report of an earlier run is removed first.
 
-
-def export(out: Path, machine: Machine):
-    """build/<device>/report.html and report.pdf from the executed notebooks; both appear, or neither does."""
-    import pypandoc
-    import typst
-
-    work = out / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    (work / "report.md").write_text(markdown(sorted((out / "notebooks").glob("[0-9]*.ipynb")), work))
-    about = {
-        "title": "The cost of attention",
-        "subtitle": "Measured, predicted, and explained",
-        "device": machine.name,
-        "versions": f"PyTorch {machine.torch}, Python {machine.python}",
-        "date": machine.date,
-        "lang": "en",
-    }
-    (work / "about.json").write_text(json.dumps(about))
-    for to in ("html", "typst"):
-        command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]
-        command += [f"--template={HERE / f'template.{to}'}", f"--lua-filter={HERE / 'filter.lua'}"]
-        command += ["--metadata-file=about.json", f"--resource-path=.:{HERE}", "--standalone", "--fail-if-warnings"]
-        command += ["--toc", "--toc-depth=2", "--number-sections"]
-        if to == "html":
-            command += ["--mathml", "--embed-resources", f"--css={HERE / 'style.css'}"]
-        done = subprocess.run(command, cwd=work, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"pandoc could not make the {to}: {done.stderr.strip()}")
-    typst.compile(work / "report.typst", output=work / "report.pdf", ignore_system_fonts=True)
-    for name in ("report.html", "report.pdf"):
-        os.replace(work / name, out / name)
-    shutil.rmtree(work)
-
-
-def build(folder: str, machine: Machine, parameters: dict, only: str = ""):
-    """Execute every notebook and export the report to build/<folder>/. A report of an earlier run is removed first.
-
-    only: the number of the one notebook that measures ("02"); the others are rebuilt from their data. Raises UserError
-    for a number that no notebook has or a parameter that a notebook does not declare, before anything is touched; then
-    for a notebook that fails, or a claim that does not hold."""
-    if only:
-        if not any(notebook.name.startswith(f"{only}_") for notebook in NOTEBOOKS):
-            raise UserError(f"no notebook has the number {only!r}")
-        stored.machine_of(folder)  # what is not measured must be there to be rebuilt
+    only: the number of the one notebook that measures ("02"). It and a replay rebuild the others from their data, and
+    put a title and a notice in place of those that have none. Raises UserError for a number that no notebook has or a
+    parameter that a notebook does not declare, before anything is touched; later if files cannot be written."""
+    if only and not any(notebook.name.startswith(f"{only}_") for notebook in NOTEBOOKS):
+        raise UserError(f"no notebook has the number {only!r}")
     for notebook in NOTEBOOKS:
         if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(notebook))):
             raise UserError(f"{notebook.name} has no parameter {', '.join(unknown)}")
-    out = ROOT / "build" / folder
-    for name in ("report.html", "report.pdf"):
+    print(expectation(machine, parameters, only), flush=True)
+    out, errors = ROOT / "build" / folder, Once(sys.stderr)
+    for name in ("report.html", "report.pdf", "claims.csv"):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "notebooks", ignore_errors=True)
+    for name in ("notebooks", "figures"):
+        shutil.rmtree(out / name, ignore_errors=True)
     (out / "notebooks").mkdir(parents=True)
+    stopped, missing = [], []
     for notebook in NOTEBOOKS:
-        begun = time.monotonic()
+        begun, number, target = time.monotonic(), notebook.name[:2], out / "notebooks" / notebook.name
+        chapter = {"device": folder, "replay": True} if only and only != number else {}
+        replayed = (parameters | chapter).get("replay")
+        if replayed and not [*(ROOT / "data" / folder).glob(f"{number}_*.csv")]:
+            missing.append(f"chapter {int(number)} is not there: not measured on this device yet")
+            how = f"make report{' PROFILE=quick' * (parameters['profile'] == 'quick')} ONLY={number}"
+            notice = f"Not measured on this device yet: `{how}`"
+            stub = [cell_of(heading(nbformat.read(notebook, 4)), notice)]
+            nbformat.write(nbformat.v4.new_notebook(cells=stub), target)
+            print(f"{notebook.name}: {missing[-1]}", flush=True)
+            continue
         print(f"{notebook.name} on {machine.name} ...", flush=True)
-        replayed = {"device": folder, "replay": True} if only and not notebook.name.startswith(f"{only}_") else {}
-        os.environ[CLAIMS] = str(out / "notebooks" / f"{notebook.stem}.claims")
-        execute(notebook, out / "notebooks" / notebook.name, parameters | replayed)
-        print(f"{notebook.name} done in {time.monotonic() - begun:.0f} s", flush=True)
-    check_claims(out, folder)
-    if missing := [name for name in ("pypandoc", "typst") if not importlib.util.find_spec(name)]:
-        print(f"measured, not exported: this Python lacks {', '.join(missing)}; elsewhere: make replay DEVICE={folder}")
-        return
-    export(out, machine)
-    for name in ("report.html", "report.pdf"):
-        print((out / name).relative_to(ROOT))
+        os.environ[CLAIMS] = str(target.with_suffix(".claims"))
+        reason = execute(notebook, target, parameters | chapter, machine.kind, errors)
+        errors.write("\n" * bool(errors.rest))
+        if reason:
+            stopped.append(f"chapter {int(number)} stopped before its end: {reason}")
+        print(f"{notebook.name} {'stopped' if reason else 'done'} in {time.monotonic() - begun:.0f} s", flush=True)
+    fallen = [law for law in claims_of(out) if law["kind"] == "law" and not law["holds"]]
+    told = "chapter {}: {claim} (expected {expected}, measured {measured})"
+    broken = [told.format(int(law["notebook"][:2]), **law) for law in fallen]
+    notices = [("broken", f"**Broken law**, {plain(text)}") for text in broken]
+    notices += [("notice", plain(text[0].upper() + text[1:])) for text in (*stopped, *missing, *machine.notes)]
+    wrong = [f"broken law, {text}" for text in broken] + stopped
+    if lacking := [name for name in ("pypandoc", "typst") if not importlib.util.find_spec(name)]:
+        print(f"measured, not exported: this Python lacks {', '.join(lacking)}; elsewhere: make replay DEVICE={folder}")
+        return wrong, missing
+    try:
+        export(out, machine, notices, labels(NOTEBOOKS))
+        for name in ("report.html", "report.pdf"):
+            print((out / name).relative_to(ROOT))
+    except UserError as error:
+        wrong.append(str(error))
+    return wrong, missing
+
+
+def publish(folder: str):
+    """Keep what a replay made: claims.csv in data/<folder>/, and the SVGs in figures/<folder>/ in place of those that
+    were there. Each file is replaced by a whole one. Raises UserError if it can't be written."""
+    made = sorted((ROOT / "build" / folder / "figures").glob("*.svg"))
+    for path in made:
+        write(ROOT / "figures" / folder / path.name, path.read_text())
+    for path in (ROOT / "figures" / folder).glob("*.svg"):
+        if path.name not in [one.name for one in made]:
+            path.unlink()
+    write(ROOT / "data" / folder / "claims.csv", (ROOT / "build" / folder / "claims.csv").read_text())
+    print(f"published: data/{folder}/claims.csv and {len(made)} figures in figures/{folder}/")
 
 
 def each_gpu() -> list[str]:
@@ -186,28 +200,40 @@ def each_gpu() -> list[str]:
 
 
 def main() -> int:
-    """The command line; 0 if the report is there."""
+    """The command line; 0 if the report is there, no law is broken and no chapter stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=("measure", "replay"))
-    parser.add_argument("--device", default="auto", help="auto, all, cpu, cuda, cuda:1; for replay a folder of data/")
+    parser.add_argument("command", choices=("measure", "replay", "publish"))
+    parser.add_argument("--device", default="auto", help="auto, all, cpu, cuda, cuda:1; else a folder of data/")
     parser.add_argument("--profile", default="full", help=" or ".join(PROFILES))
     parser.add_argument("--only", default="", metavar="NN", help="measure this notebook, rebuild the others from data")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for kernels
     os.environ.setdefault("ATTNLIB_PROGRESS", "bar" if sys.stderr.isatty() else "lines")
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # or a kernel warns of frozen modules
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:Attempting to run cuBLAS")  # as in attnlib.timing.worker
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # whatever it logs as an error it raises as well
     try:
         asked = profile(options.profile)
-        if options.command == "replay":
+        if options.command == "measure":
+            wrong = []
+            for device in each_gpu() if options.device == "all" else [resolve(options.device)]:
+                with Worker() as worker:
+                    machine = worker.call(describe, device)
+                parameters = {"device": device, "profile": options.profile}
+                os.environ["ATTNLIB_MEASURES"] = "1"  # for report.run in the kernels
+                wrong += build(machine.slug + asked.suffix, machine, parameters, options.only)[0]
+        else:
             if options.only:
-                raise UserError("--only says what to measure, and a replay measures nothing")
+                raise UserError(f"--only says what to measure, and {options.command} measures nothing")
             folder, machine = options.device, stored.machine_of(options.device)
             measured = next(name for name, p in reversed(PROFILES.items()) if folder.endswith(p.suffix))
-            build(folder, machine, {"device": folder, "profile": measured, "replay": True})
-            return 0
-        for device in each_gpu() if options.device == "all" else [resolve(options.device)]:
-            with Worker() as worker:
-                machine = worker.call(describe, device)
-            build(machine.slug + asked.suffix, machine, {"device": device, "profile": options.profile}, options.only)
+            wrong, missing = build(folder, machine, {"device": folder, "profile": measured, "replay": True})
+            if options.command == "publish" and (wrong or missing):
+                wrong = ["not published", *wrong, *missing]
+            elif options.command == "publish":
+                publish(folder)
+        if wrong:
+            raise UserError("; ".join(wrong))
     except (UserError, WorkerDied, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,8 +1,10 @@
 -- Turns the report's Markdown into a document: numbered figures and tables, references to them, folded code, tables
--- from HTML. Anything that would be lost without a trace (raw HTML, raw TeX, a reference to nowhere) stops the build.
+-- from HTML, notices. Anything that would be lost without a trace (raw HTML, raw TeX, a reference to nowhere) stops the
+-- build; a reference to what some cell declares and did not make on this device says that it is not there.
 
 local kinds = {fig = "Figure", tbl = "Table"}
-local counts, numbers = {fig = 0, tbl = 0}, {}
+local absent = {fig = "a figure that is not there", tbl = "a table that is not there"}
+local counts, numbers, declared = {fig = 0, tbl = 0}, {}, {}
 local html = FORMAT:match("html") ~= nil
 
 local function number(id, caption)
@@ -38,6 +40,12 @@ local function table_of(div)
   return html and pandoc.Div({tbl}, pandoc.Attr("", {"wide"})) or tbl
 end
 
+local before = {
+  Meta = function(meta)
+    for _, id in ipairs(meta.declared or {}) do declared[pandoc.utils.stringify(id)] = true end
+  end,
+}
+
 local first_pass = {
   traverse = "topdown",
   Div = function(div)
@@ -61,9 +69,23 @@ local first_pass = {
 local second_pass = {
   Cite = function(cite)
     local id = cite.citations[1].id
-    if not numbers[id] then error("reference to nowhere: @" .. id) end
-    return pandoc.Link(numbers[id], "#" .. id)
+    if numbers[id] then return pandoc.Link(numbers[id], "#" .. id) end
+    local words = declared[id] and absent[id:match("^(%l+)-")]
+    if not words then error("reference to nowhere: @" .. id) end
+    return pandoc.Inlines(words)
   end,
 }
 
-return {first_pass, second_pass}
+local third_pass = { -- what template.typst calls by the same names, and style.css in HTML
+  Div = function(div)
+    for _, look in ipairs({"broken", "notice"}) do
+      if not html and div.classes:includes(look) then
+        div.content:insert(1, pandoc.RawBlock("typst", "#" .. look .. "["))
+        div.content:insert(pandoc.RawBlock("typst", "]"))
+        return div.content
+      end
+    end
+  end,
+}
+
+return {before, first_pass, second_pass, third_pass}

@@ -5,70 +5,22 @@ A crossover is the length from which on one variant wins: in time by races, in m
 import math
 import re
 from collections.abc import Iterable, Sequence
-from itertools import product
 
-import numpy as np
 import pandas as pd
-import torch
 
 from attnlib.accuracy import RESULTS
 from attnlib.core import PHASES, Machine, Shape
-from attnlib.laws import Variant, bytes_needed, useful_flops, work
+from attnlib.laws import Variant, bytes_needed, useful_flops
 from attnlib.memory.fit import at_length
 from attnlib.memory.ledger import ledger
 from attnlib.rows import shape_of
-from attnlib.timing.clock import longest_kernel
-from attnlib.timing.machine import square_product
-from attnlib.timing.race import BATCHES, batch, duel_jobs, duels, passes, ratio
-from attnlib.timing.sweep import Job, Row, point_name
+from attnlib.timing.race import duel_jobs, duels
 from report.run import Run, say
 from report.tables import digits, grid, table
 
 DUEL_KEYS = ["dtype", "head_dim", "phase"]  # what a crossover is looked for in
 RACE_KEYS = ["head_dim", "causal", "seq_len", "phase"]  # what names a race
 OF_DEFAULT = ["of_default", "of_default_low", "of_default_high"]
-
-
-def run_race(
-    entries: Sequence[tuple[Variant, Shape]], device: str, phase: str, budget_s: float, whole: bool
-) -> list[Row]:
-    """A row for each `(variant, shape)`, all taking turns: the shape's columns, `phase, variant, ms, tflop_s`.
-
-    In a `whole` race a matrix product of the same dtype takes turns with them, and a row has more: its `gemm_ms` and
-    `gemm_tflop_s`; `share`, the rate of useful operations over the product's; `of_default`, how many times as fast as
-    the first entry it is, with `_low` and `_high`; the `kernel` that ran longest; and, as the reference for the clock,
-    `do_bench_ms` on CUDA: triton's do_bench on the same call, as its documentation shows."""
-    matmul, matmul_flops = square_product(device, entries[0][1].dtype) if whole else (None, 0)
-    others = [matmul] if matmul else []
-    times = [batch(entries, device, phase, seed, budget_s / BATCHES, *others) for seed in range(BATCHES)]
-    medians = np.median(np.concatenate(times), axis=0).tolist()
-    found = []
-    for place, ((variant, shape), ms) in enumerate(zip(entries, medians[len(others) :], strict=True), 1):
-        row: Row = {**shape.columns(), "phase": phase, "variant": variant.name, "ms": ms}
-        row["tflop_s"] = work(variant, shape, phase) / ms / 1e9
-        if whole:
-            call, won = passes(variant, shape, device, phase, 0), ratio(times, 1, place)
-            row |= {"gemm_ms": medians[0], "gemm_tflop_s": matmul_flops / medians[0] / 1e9}
-            row |= {"share": row["tflop_s"] / row["gemm_tflop_s"], "kernel": longest_kernel(call, device)}
-            row |= {"of_default": won["ratio"], "of_default_low": won["low"], "of_default_high": won["high"]}
-            row["do_bench_ms"] = None
-            if torch.device(device).type == "cuda":
-                from triton.testing import do_bench
-
-                row["do_bench_ms"] = do_bench(call, return_mode="median")
-        found.append(row)
-    return found
-
-
-def race_jobs(
-    groups: Sequence[Sequence[tuple[Variant, Shape]]], device: str, budget_s: float, *, whole: bool = False
-) -> list[Job]:
-    """`run_race` of each group, forward and backward."""
-    jobs = []
-    for group, phase in product(groups, PHASES):
-        name = f"{phase} {', '.join(point_name(*entry) for entry in group)}"
-        jobs.append(Job(name, run_race, (group, device, phase, budget_s, whole)))
-    return jobs
 
 
 def ended(rows: pd.DataFrame, column: str, unit: float = 1):
@@ -116,9 +68,11 @@ def errors_over_naive(rows: pd.DataFrame, name: str, dtype: str) -> tuple[float,
 
 
 def duelled(run: Run, name: str, pairs: Sequence[tuple[Variant, Variant, Shape, str]], budget_s: float) -> pd.DataFrame:
-    """The duels of `(first, second, shape, phase)`, see timing.race.duels, from the rows called `name`."""
-    numbers = ("first_ms", "second_ms", "ratio", "rounds", "run")
-    rows = run.collect(name, duel_jobs(pairs, run.device, budget_s), numbers)
+    """The duels of `(first, second, shape, phase)`, see timing.race.duels, from the rows called `name`: two runs whose
+    batches have processes of their own, or, in the quick profile, one run in a single process."""
+    numbers, brief = ("first_ms", "second_ms", "ratio", "rounds", "run"), run.profile.suffix != ""
+    jobs = () if run.replay else duel_jobs(pairs, run.device, budget_s, runs=1 if brief else 2, apart=not brief)
+    rows = run.collect(name, jobs, numbers)
     return pd.DataFrame(duels(rows.to_dict("records")))
 
 
@@ -160,28 +114,31 @@ def length(n: float, cell: dict) -> str:
 
 
 def crossovers(cells: pd.DataFrame):
-    """A table of the lengths from which the second wins, with their intervals, from both runs; and the ratios at both
+    """A table of the lengths from which the second wins, with their intervals, from each run; and the ratios at both
     ends."""
     found = []
     for names, runs in cells.groupby(DUEL_KEYS, sort=False):
-        one, two = runs.sort_values("run").to_dict("records")
+        one, *others = runs.sort_values("run").to_dict("records")
         row = dict(zip(DUEL_KEYS, names, strict=True)) | {"variant": one["second"]}
         row |= {"wins from N": f"{length(one['seq_len'], one)} [{length(one['low'], one)}, {length(one['high'], one)}]"}
-        row |= {"second run": length(two["seq_len"], two)}
+        if others:
+            row["second run"] = length(others[0]["seq_len"], others[0])
         row |= {f"ratio at {one[n]}": f"{one[ratio]:.2f}×" for n, ratio in (("shortest", "least"), ("longest", "most"))}
         found.append(row)
     return table(pd.DataFrame(found))
 
 
-def reproduced(run: Run, cells: pd.DataFrame) -> None:
-    """Claim that the second run finds each crossover in the interval of the first; on a CPU say how many it finds."""
+def reproduced(run: Run, rows: pd.DataFrame, cells: pd.DataFrame) -> None:
+    """Observe on how many crossovers, and single ratios, the second run of duels lies in the interval of the first."""
     one, two = (cells[cells["run"] == number].reset_index() for number in (1, 2))
+    if two.empty:
+        say("There was one run, in one process: how well it repeats is not known.")
+        return
     same = int(((one["low"] <= two["seq_len"]) & (two["seq_len"] <= one["high"])).sum())
-    text = "crossovers that the second run finds within the first's interval"
-    if run.machine.is_cpu:
-        say(f"{text.capitalize()}: {same} of {len(one)}.")
-    else:
-        run.claim(text, len(one), same)
+    text = f"crossovers of {len(one)} that the second run finds within the first's interval"
+    run.observe(text, same, least=len(one), form="d")
+    ratios, again = inside(rows)
+    say(f"Of the single ratios, {again} of {ratios} lie in the first run's interval the second time.")
 
 
 def inside(rows: pd.DataFrame) -> tuple[int, int]:

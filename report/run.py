@@ -15,8 +15,12 @@ from attnlib.core import Shape, UserError
 from attnlib.laws import Variant
 from attnlib.timing.machine import ceilings, describe, memory_free, resolve
 from attnlib.timing.sweep import Job, collect, point_jobs
-from attnlib.timing.worker import Worker
+from attnlib.timing.worker import Worker, start_early
 from report import stored
+from report.skipping import NotMeasured, Skipping
+
+if "ATTNLIB_MEASURES" in os.environ:  # the build says so: the workers' imports go on beside this notebook's
+    start_early()
 
 CLAIMS = "ATTNLIB_CLAIMS"  # the variable that names the file to which a notebook's claims go, for the build to check
 
@@ -26,11 +30,13 @@ class Profile:
     """How much is measured."""
 
     budget_s: float  # of timing per point
+    patience_s: float  # up to which all 100 passes of a point of the first chapter's sweep may take
+    ceiling_s: float  # of timing for each of the device's ceilings
     timeout_s: float  # after which a point is given up
     suffix: str  # of the folder
 
 
-PROFILES = {"full": Profile(2.0, 300.0, ""), "quick": Profile(1.0, 60.0, "-quick")}
+PROFILES = {"full": Profile(2.0, 10.0, 0.3, 300.0, ""), "quick": Profile(0.1, 0.0, 0.05, 60.0, "-quick")}
 
 
 def profile(name: str) -> Profile:
@@ -66,6 +72,8 @@ class Run:
 
     def __init__(self, notebook, device="auto", profile_name="full", replay=False, *, anew=False):
         self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
+        self.skipping = Skipping()
+        self.skipping.install()
         if replay:
             self.folder, self.machine = device, stored.machine_of(device, notebook[:2])
             self.device = self.machine.kind
@@ -74,45 +82,74 @@ class Run:
         machine = self.worker.call(describe, self.device)
         self.folder = machine.slug + self.profile.suffix
         known = {} if anew else self._facts().get(machine.machine, {}).get("ceilings", {})
-        self.machine = replace(machine, ceilings=known or self.worker.call(ceilings, self.device))
+        known = known if "graph_us" in known else {}  # else they are of an older make
+        self.machine = replace(
+            machine, ceilings=known or self.worker.call(ceilings, self.device, self.profile.ceiling_s)
+        )
 
     def path(self, name: str) -> Path:
         """The file of this notebook's rows called `name`: data/<device>/<notebook number>_<name>.csv."""
         return stored.ROOT / "data" / self.folder / f"{self.notebook[:2]}_{name}.csv"
 
-    def sweep(self, name: str, points: Sequence[tuple[Variant, Shape]], budget_s: float | None = None) -> pd.DataFrame:
+    def sweep(
+        self, name: str, points: Sequence[tuple[Variant, Shape]], budget_s: float | None = None, patience_s: float = 0.0
+    ) -> pd.DataFrame:
         """The rows of `(variant, shape)` points, measured now, or loaded if this is a replay: then those there are.
 
-        budget_s: seconds of timing for each point, where it is not the profile's."""
+        budget_s: seconds of timing for each point, at most the profile's; patience_s: up to which a point gets all its
+        passes nevertheless, see timing.measure. Raises NotMeasured in a replay without such rows."""
         if not self.replay:
-            jobs = point_jobs(points, self.device, budget_s or self.profile.budget_s)
+            jobs = point_jobs(points, self.device, min(budget_s or math.inf, self.profile.budget_s), patience_s)
             self._collect(name, jobs, worker=self.worker, timeout_s=self.profile.timeout_s)
+        self._must_have(name)
         return stored.load(self.folder, self.path(name).stem, {variant.name for variant, _ in points})
 
     def collect(self, name: str, jobs: Sequence[Job], numbers: Iterable[str], lanes: int = 1) -> pd.DataFrame:
         """The rows of any other jobs, as `sweep`. numbers: the columns that must be there and be numbers; lanes: how
         many jobs may run side by side, as far as the device's memory has room for what they claim.
 
-        Empty if no job gave a row. Raises UserError if the rows cannot be written, or in a replay if they are not there
-        (see `has`) or damaged."""
+        Empty if no job gave a row. Raises UserError if the rows cannot be written or are damaged, NotMeasured in a
+        replay without such rows."""
         if not self.replay:
             apart = lanes > 1 or any(job.process is not None or job.here for job in jobs)
             room_bytes = self.worker.call(memory_free, self.device) if lanes > 1 else 0
             if apart:
                 self.worker.stop()  # it gives the device back, so that all of it can be had
             self._collect(name, jobs, worker=None if apart else self.worker, lanes=lanes, room_bytes=room_bytes)
-        nothing = not self.replay and not self.path(name).exists()
-        return pd.DataFrame() if nothing else stored.rows_of(self.path(name), numbers)
+        if not self.replay and not self.path(name).exists():
+            return pd.DataFrame()
+        self._must_have(name)
+        return stored.rows_of(self.path(name), numbers)
 
     def measured(self, name: str, variants: Mapping[str, Variant]) -> dict[str, Variant]:
-        """Of `variants` those to be measured, in a replay those that the rows called `name` have."""
-        there = stored.rows_of(self.path(name))["variant"].unique() if self.replay else variants
+        """Of `variants` those to be measured, in a replay those that the rows called `name` have, if there are any."""
+        rows = self.replay and self.path(name).exists()
+        there = stored.rows_of(self.path(name))["variant"].unique() if rows else variants
         return {name: variants[name] for name in variants if name in there}
 
     def has(self, name: str) -> bool:
-        """Whether there are rows of that name to be had: measured now, or once, which a replay must then find."""
-        counted = self._facts().get(self.machine.machine, {}).get("rows", {})
-        return not self.replay or self.path(name).stem in counted or self.path(name).exists()
+        """Whether there are rows of that name to be had: measured now, or once."""
+        return not self.replay or self.path(name).exists()
+
+    def of_chapter(self, notebook: str, name: str) -> pd.DataFrame:
+        """The rows of a sweep of points that another chapter measured on this machine.
+
+        Raises NotMeasured, which says by what command, where there are none."""
+        path = self.path(name).with_name(f"{notebook}_{name}.csv")
+        if not path.exists():
+            text = f"Chapter {int(notebook)} was not measured on this device yet"
+            raise NotMeasured(f"{text} (*{name}*): `make report ONLY={notebook}`.")
+        return stored.load(self.folder, path.stem)
+
+    def full_only(self, what: str):
+        """Raise NotMeasured in the quick profile, which leaves `what` to the full one."""
+        if self.profile.suffix:
+            raise NotMeasured(f"{what}: left to the full profile.")
+
+    def gpu_only(self, what: str):
+        """Raise NotMeasured on a CPU: `what` cannot be had there."""
+        if self.machine.is_cpu:
+            raise NotMeasured(f"{what} needs a GPU: not measured on this device.")
 
     def remark(self, name: str) -> str:
         """What machine.json says that a reader must know of the rows called `name`, or nothing."""
@@ -126,30 +163,50 @@ class Run:
         return pairs[pairs["reference_ms"] >= 0.1] if len(pairs) else None
 
     def figure(self, name: str, figure):
-        """Save a matplotlib figure as figures/<device>/<notebook number>_<name>.svg and return it to be shown."""
-        path = stored.ROOT / "figures" / self.folder / f"{self.notebook[:2]}_{name}.svg"
+        """Save a matplotlib figure as build/<device>/figures/<notebook number>_<name>.svg and return it to be shown."""
+        path = stored.ROOT / "build" / self.folder / "figures" / f"{self.notebook[:2]}_{name}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)  # or the notebook shows it a second time
         return figure
 
-    def claim(self, text: str, predicted, measured, holds: bool | None = None):
-        """Put a sentence to the test: show it with its two figures; the build refuses a report in which one fails.
+    def law(self, text: str, expected, measured, holds: bool | None = None):
+        """What must hold on any machine: bytes, operations, exactness, completeness.
 
-        It holds if `predicted == measured`, unless `holds` says otherwise."""
-        holds = bool(predicted == measured if holds is None else holds)
-        print(f"{'holds' if holds else 'FAILS'}: {text} (predicted {predicted}, measured {measured})")
-        found = {"claim": text, "predicted": str(predicted), "measured": str(measured), "holds": holds}
-        self.claims.append(found)
-        if path := os.environ.get(CLAIMS):
-            with open(path, "a") as file:
-                file.write(json.dumps(found) + "\n")
+        It holds if `expected == measured`, unless `holds` says otherwise. One that is broken stands in red at its place
+        and on the first page, and the build's exit status is 1."""
+        holds = bool(expected == measured if holds is None else holds)
+        if holds:
+            print(f"holds: {text} (expected {expected}, measured {measured})")
+        else:
+            figures = [f"`` {figure} ``" for figure in (expected, measured)]  # as they are, whatever they contain
+            say(f"::: broken\n**Broken law.** `` {text} ``: expected {figures[0]}, measured {figures[1]}.\n:::")
+        self._note("law", text, expected, measured, holds)
 
-    def bound(self, text: str, measured: float, *, least: float = -math.inf, most: float = math.inf, form: str = ".2f"):
-        """The claim that a figure lies between `least` and `most`."""
+    def observe(self, text: str, measured: float, *, least=-math.inf, most=math.inf, form: str = ".2f") -> bool:
+        """What this machine showed beside a threshold, `least` or `most`: whether it holds here, for the sentences that
+        follow from it. It costs nobody the report."""
         ends = {"at least": least, "at most": most}
         limits = " and ".join(f"{word} {limit:{form}}" for word, limit in ends.items() if math.isfinite(limit))
-        self.claim(text, limits, f"{measured:{form}}", bool(least <= measured <= most))
+        holds = self._note("observation", text, limits, f"{measured:{form}}", bool(least <= measured <= most))
+        outcome = "Holds" if holds else "Does not hold"
+        say(f"*Observed:* {text}: {measured:{form}} (threshold: {limits}). **{outcome} here.**")
+        return holds
+
+    def _note(self, kind: str, text: str, expected, measured, holds: bool) -> bool:
+        """Keep a law or an observation for the build."""
+        self.claims.append(
+            {"kind": kind, "claim": text, "expected": str(expected), "measured": str(measured), "holds": holds}
+        )
+        if path := os.environ.get(CLAIMS):
+            with open(path, "a") as file:
+                file.write(json.dumps(self.claims[-1]) + "\n")
+        return holds
+
+    def _must_have(self, name: str):
+        """Raise NotMeasured where a replay has no rows of that name."""
+        if not self.has(name):
+            raise NotMeasured(f"Not measured on this device yet: *{name}* of chapter {int(self.notebook[:2])}.")
 
     def _facts(self) -> dict[str, dict]:
         """What the folder's machine.json says, if it is there."""

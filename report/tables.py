@@ -32,6 +32,18 @@ def digits(value: float) -> str:
     return NO_FIGURE if math.isnan(value) else f"{float(f'{value:.3g}'):,.10g}"
 
 
+def plural(count: int, noun: str) -> str:
+    """A number with its noun: "1 point", "120 points"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def against(measured: float, predicted: float, form: str = ".1f") -> str:
+    """A figure beside its prediction, and by how much that missed, where by more than a quarter."""
+    off = measured / predicted - 1
+    missed = f", missed by {off:+.0%}" if abs(off) > 0.25 else ""
+    return f"{measured:{form}} (predicted {predicted:{form}}{missed})"
+
+
 def mask(rows: pd.DataFrame) -> pd.Series:
     """The column `causal` in words."""
     return rows["causal"].map({True: "causal", False: "full"})

@@ -1,11 +1,13 @@
 """Replay notebooks without a kernel: execute their code cells one after the other, and tell what they claimed.
 
-`python tests/replaying.py DEVICE [--bounded] NUMBER …` prints, as JSON, `claims`, a list of
-`[notebook, claim, predicted, measured, holds]`, and `asked`, what was asked of the computer at hand. With `--bounded`
-most ledgers are taken on trust from their laws, and no figure is drawn. test_replay runs it in a process of its own, on
-a copy of the project.
+`python tests/replaying.py DEVICE [--bounded] [--inverted] NUMBER …` prints, as JSON, `claims`, a list of
+`[notebook, kind, claim, expected, measured, holds]`, `asked`, what was asked of the computer at hand, and `said`, the
+text of each notebook as a reader sees it. With `--bounded` most ledgers are taken on trust from their laws, and no
+figure is drawn; with `--inverted` every observation has the other outcome. test_replay runs it in a process of its own,
+on a copy of the project.
 """
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -73,21 +75,50 @@ def bound():
     matplotlib.figure.Figure.savefig = lambda *_, **__: None
 
 
-def replay(notebook: Path, device: str) -> list[list]:
-    """The claims of a notebook's cells."""
-    space = {"__name__": "notebook"}
+def invert():
+    """Let every observation come out the other way."""
+    from report.run import Run
+
+    real = Run._note
+    Run._note = lambda self, kind, *found: real(self, kind, *found[:-1], found[-1] ^ (kind == "observation"))
+
+
+def replay(notebook: Path, device: str) -> tuple[list[list], list[str]]:
+    """The claims of a notebook's cells, and what a reader is told: Markdown cells and what code cells print or say."""
+    from IPython.display import Markdown
+
+    from report import run, skipping
+
+    said = []
+    show = lambda shown: said.append(shown.data if isinstance(shown, Markdown) else f"[{type(shown).__name__}]")  # noqa: E731
+    run.display = skipping.display = show
+    space = {"__name__": "notebook", "display": show}
+    kind = run.stored.machine_of(device).kind
     for cell in nbformat.read(notebook, 4).cells:
-        if cell.cell_type == "code":
-            exec(compile(cell.source, f"{notebook.name}: {cell.source[:60]!r}", "exec"), space)
-            if "parameters" in cell.metadata.get("tags", ()):
-                space |= {"device": device, "profile": "full", "replay": True}
-    return [[notebook.stem, *map(str, claim.values())] for claim in space["run"].claims]
+        if {"cpu": "gpu", "cuda": "cpu"}[kind] in cell.metadata.get("tags", ()):
+            continue
+        if cell.cell_type != "code":
+            said.append(cell.source)
+            continue
+        tree = ast.parse(cell.source)
+        if "run" in space:
+            skipping_now = space["_skipping"] = space["run"].skipping
+            tree = skipping_now.visit(tree)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(tree, f"{notebook.name}: {cell.source[:60]!r}", "exec"), space)
+        said += [text for text in (printed.getvalue(), cell.metadata.get("caption")) if text]
+        if "parameters" in cell.metadata.get("tags", ()):
+            space |= {"device": device, "profile": "full", "replay": True}
+    return [[notebook.stem, *map(str, claim.values())] for claim in space["run"].claims], said
 
 
 def main():
     """See above."""
-    device, *numbers = (word for word in sys.argv[1:] if word != "--bounded")
-    asked, claims = [], []
+    device, *numbers = (word for word in sys.argv[1:] if not word.startswith("--"))
+    asked, claims, said = [], [], []
+    if "--inverted" in sys.argv:
+        invert()
     if "--bounded" in sys.argv:
         bound()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -97,8 +128,10 @@ def main():
                 import report.run  # noqa: F401
 
                 watch(asked)
-            claims += replay(notebook, device)
-    print(json.dumps({"claims": claims, "asked": sorted(set(asked))}))
+            found, text = replay(notebook, device)
+            claims += found
+            said += text
+    print(json.dumps({"claims": claims, "asked": sorted(set(asked)), "said": said}))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from attnlib import VARIANTS
 from attnlib.core import Machine, Shape
 from attnlib.laws import bytes_needed
 from attnlib.memory.fit import at_length
+from attnlib.timing import race
 from report import races
 
 
 def test_a_race_holds_all_against_the_product_and_the_first(device):
     entries = [(VARIANTS[name], Shape(1, 2, 128, 16)) for name in ("sdpa_default", "sdpa_math")]
-    rows = races.run_race(entries, device, "backward", 0.05, True)
+    rows = race.run_race(entries, device, "backward", 0.05, True)
     assert [row["variant"] for row in rows] == ["sdpa_default", "sdpa_math"]
     assert rows[0]["of_default"] == rows[0]["of_default_low"] == rows[0]["of_default_high"] == 1
     assert all(row["share"] > 0 and row["kernel"] and (row["do_bench_ms"] is None) == (device == "cpu") for row in rows)
@@ -24,7 +25,7 @@ def test_a_race_holds_all_against_the_product_and_the_first(device):
 def test_a_race_among_themselves_has_the_rate_of_useful_operations(worker):
     """Of shapes of its own each; what only a whole race has is not there."""
     entries = [(VARIANTS["naive"], Shape(1, 1, n, 8)) for n in (16, 32)]
-    (job, _) = races.race_jobs([entries], "cpu", 0.01)
+    (job, _) = race.race_jobs([entries], "cpu", 0.01)
     rows = worker.call(job.function, *job.arguments)
     assert [row["seq_len"] for row in rows] == [16, 32] and "share" not in rows[0]
     assert all(row["tflop_s"] == pytest.approx(4 * 8 * row["seq_len"] ** 2 / row["ms"] / 1e9) for row in rows)
@@ -32,7 +33,7 @@ def test_a_race_among_themselves_has_the_rate_of_useful_operations(worker):
 
 def test_jobs_of_races_are_told_apart():
     shapes = [Shape(1, 1, 16, 8), Shape(1, 1, 32, 8, causal=True)]
-    jobs = races.race_jobs([[(VARIANTS["naive"], shape)] for shape in shapes], "cpu", 0.1)
+    jobs = race.race_jobs([[(VARIANTS["naive"], shape)] for shape in shapes], "cpu", 0.1)
     assert len({job.name for job in jobs}) == 4 and all(job.process is None for job in jobs)
 
 

@@ -9,10 +9,11 @@ import pytest
 from attnlib import VARIANTS
 from attnlib.core import Shape, UserError
 from attnlib.timing.sweep import Job
-from attnlib.timing.worker import Worker, forkserver
+from attnlib.timing.worker import Worker
 from report import run as running
 from report import stored
 from report.run import Run
+from report.skipping import NotMeasured
 
 POINTS = [(VARIANTS["naive"], Shape(1, 1, n, 4)) for n in (8, 9)]
 
@@ -23,7 +24,7 @@ def live(tmp_path, monkeypatch):
     workers = []
     monkeypatch.setattr(stored, "ROOT", tmp_path)
     monkeypatch.setattr(running, "ceilings", faults.some_ceilings)
-    monkeypatch.setattr(running, "Worker", lambda: workers.append(Worker(forkserver())) or workers[-1])
+    monkeypatch.setattr(running, "Worker", lambda: workers.append(Worker()) or workers[-1])
     yield lambda notebook="01_test": Run(notebook, "cpu", "quick")
     for worker in workers:
         worker.stop()
@@ -109,16 +110,31 @@ def test_jobs_without_a_row_leave_no_file(live):
     assert not Run("01_test", run.folder, "quick", True).has("counters")
 
 
-def test_claims_are_kept_in_the_order_in_which_they_were_made(capsys):
+def test_laws_and_observations_are_kept_in_the_order_in_which_they_were_made(capsys):
     run = Run("01_naive_sweep", "nvidia-h200", "full", True)
-    run.claim("one is one", 1, 1)
-    run.claim("one is two", 1, 2)
-    run.claim("about one", 1, 1.01, holds=True)
-    run.bound("a share", 0.5, least=0.4)
-    run.bound("a share", 0.5, least=0.4, most=0.45)
+    run.law("one is one", 1, 1)
+    run.law("one is two", 1, 2)
+    run.law("about one", 1, 1.01, holds=True)
+    assert run.observe("a share", 0.5, least=0.4) is True
+    assert run.observe("a share", 0.5, least=0.4, most=0.45) is False
+    assert [claim["kind"] for claim in run.claims] == ["law"] * 3 + ["observation"] * 2
     assert [claim["holds"] for claim in run.claims] == [True, False, True, True, False]
-    assert run.claims[3]["predicted"] == "at least 0.40" and run.claims[4]["measured"] == "0.50"
+    assert run.claims[3]["expected"] == "at least 0.40" and run.claims[4]["measured"] == "0.50"
     assert all(isinstance(value, (str, bool)) for claim in run.claims for value in claim.values())
+
+
+def test_what_was_not_measured_says_so_and_what_needs_the_computer_at_hand_too(live):
+    run = live()
+    with pytest.raises(NotMeasured, match="Chapter 2 was not measured on this device yet .*ONLY=02"):
+        run.of_chapter("02", "frontier")
+    with pytest.raises(NotMeasured, match="A frontier needs a GPU"):
+        run.gpu_only("A frontier")
+    with pytest.raises(NotMeasured, match="left to the full profile"):
+        run.full_only("A frontier")
+    run.collect("others", jobs(1), ["number"])
+    again = Run("01_test", run.folder, "quick", True)
+    with pytest.raises(NotMeasured, match="Not measured on this device yet: .points. of chapter 1"):
+        again.sweep("points", POINTS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""From executed notebooks to a document: Markdown by nbconvert, HTML by pandoc, PDF by typst."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import nbformat
+from nbconvert.exporters import MarkdownExporter
+from nbconvert.preprocessors import Preprocessor, TagRemovePreprocessor
+
+from attnlib.core import Machine, UserError
+
+HERE = Path(__file__).parent
+
+
+def plain(text: str) -> str:
+    """Any text as Markdown of one line that shows it as it is."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
+
+
+def cell_of(text: str, notice: str):
+    """A cell of Markdown that ends in a notice."""
+    return nbformat.v4.new_markdown_cell(f"{text}\n\n::: notice\n{notice}\n:::")
+
+
+def heading(notebook) -> str:
+    """The line with a notebook's title."""
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return next((line for text in texts for line in text.splitlines() if line.startswith("# ")), "# A chapter")
+
+
+def cut(ran, reason: str):
+    """Drop what comes after the last cell that was begun, and that cell's error; say so in its place."""
+    begun = [at for at, cell in enumerate(ran.cells) if cell.metadata.get("papermill", {}).get("start_time")]
+    notice = f"**This chapter stopped here:** {plain(reason)}. The rest of it is missing."
+    if begun:
+        ran.cells = [*ran.cells[: begun[-1] + 1], cell_of("", notice)]
+    else:
+        ran.cells = [cell_of(heading(ran), notice)]
+    for cell in ran.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.output_type != "error"]
+
+
+def labels(notebooks: Iterable[Path]) -> list[str]:
+    """The labels that the notebooks' cells declare, which a text may refer to even where a cell made nothing."""
+    cells = [cell for notebook in notebooks for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+    return [label for cell in cells for label in re.findall(r'^#\| *label: *"?([^"\s]+)', cell.source, re.MULTILINE)]
+
+
+class Cells(Preprocessor):
+    """Takes label and caption out of a cell's `#| key: "value"` comments, stderr out of its outputs, and
+    joins what was printed in a row, which may arrive in pieces."""
+
+    def preprocess_cell(self, cell, resources, index):
+        """One cell at a time, as nbconvert calls it."""
+        cell.metadata.setdefault("tags", [])
+        if cell.cell_type == "code":
+            lines = cell.source.splitlines()
+            options = [line for line in lines if line.startswith("#|")]
+            for line in options:
+                name, value = line.removeprefix("#|").split(":", 1)
+                cell.metadata[name.strip()] = value.strip().strip('"')
+            cell.source = "\n".join(line for line in lines if line not in options).strip()
+            outputs, cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"], []
+            for output in outputs:
+                if output.output_type == "stream" and cell.outputs and cell.outputs[-1].output_type == "stream":
+                    cell.outputs[-1].text += output.text
+                else:
+                    cell.outputs.append(output)
+        return cell, resources
+
+
+def markdown(notebooks: list[Path], folder: Path) -> str:
+    """The executed notebooks as one pandoc Markdown text; their figures are written into `folder`."""
+    tags = TagRemovePreprocessor(
+        remove_cell_tags=["remove-cell", "parameters", "injected-parameters"],
+        remove_input_tags=["remove-input"],
+        remove_all_outputs_tags=["remove-output"],
+    )
+    paths = [str(HERE / "markdown"), *MarkdownExporter().template_paths]
+    exporter = MarkdownExporter(template_name="markdown", template_paths=paths)
+    exporter.register_preprocessor(Cells(), enabled=True)
+    exporter.register_preprocessor(tags, enabled=True)
+    texts = []
+    for notebook in notebooks:
+        text, resources = exporter.from_notebook_node(
+            nbformat.read(notebook, 4), {"unique_key": notebook.stem, "output_files_dir": "."}
+        )
+        texts.append(text)
+        for name, data in resources["outputs"].items():
+            (folder / name).write_bytes(data)
+    return "\n\n".join(texts)
+
+
+def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared: list[str]):
+    """build/<device>/report.html and report.pdf from the executed notebooks; both appear, or neither does.
+
+    notices: for the first page, as `(look, Markdown)`, where the look is "broken" or "notice"; declared: the labels
+    that a text may refer to where no figure or table has them. Raises UserError if something would be lost on the way:
+    raw HTML, a formula, a reference to what nobody declares."""
+    import pypandoc
+    import typst
+
+    work = out / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    (work / "report.md").write_text(markdown(sorted((out / "notebooks").glob("[0-9]*.ipynb")), work))
+    about = {
+        "title": "The cost of attention",
+        "subtitle": "Measured, predicted, and explained",
+        "device": machine.name,
+        "versions": f"PyTorch {machine.torch}, Python {machine.python}",
+        "date": machine.date,
+        "lang": "en",
+        "notices": [{"look": look, "text": text} for look, text in notices],
+        "declared": declared,
+    }
+    (work / "about.json").write_text(json.dumps(about))
+    for to in ("html", "typst"):
+        command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]
+        command += [f"--template={HERE / f'template.{to}'}", f"--lua-filter={HERE / 'filter.lua'}"]
+        command += ["--metadata-file=about.json", f"--resource-path=.:{HERE}", "--standalone", "--fail-if-warnings"]
+        command += ["--toc", "--toc-depth=2", "--number-sections"]
+        if to == "html":
+            command += ["--mathml", "--embed-resources", f"--css={HERE / 'style.css'}"]
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.split("stack traceback")[0]  # of the filter, which is of no use to a reader
+            raise UserError(f"pandoc could not make the {to}: {' '.join(said.split())}")
+    try:
+        typst.compile(work / "report.typst", output=work / "report.pdf", ignore_system_fonts=True)
+    except RuntimeError as error:
+        raise UserError(f"typst could not make the PDF: {' '.join(str(error).split())}") from error
+    for name in ("report.html", "report.pdf"):
+        os.replace(work / name, out / name)
+    shutil.rmtree(work)

@@ -1,0 +1,76 @@
+"""Cells that need rows which a device lacks are left out, with a word in their place, and so are those that need them.
+
+So data that are older than an experiment still make a report, and what needs a GPU may stand in a notebook that runs on
+a CPU. It works the same by papermill and by hand: a Run rewrites each cell before it is executed."""
+
+import ast
+import dis
+from types import CodeType
+
+from IPython import get_ipython
+from IPython.display import Markdown, display
+
+from attnlib.core import UserError
+
+LOADS, STORES = {"LOAD_NAME", "LOAD_GLOBAL"}, {"STORE_NAME", "STORE_GLOBAL"}
+
+
+class NotMeasured(UserError):
+    """What a cell asks for is not to be had on this device; the text says what, for the reader."""
+
+
+def names(code: CodeType) -> tuple[set[str], set[str]]:
+    """The names that a cell needs from those before it, and those that it makes."""
+    needed, made = set(), set()
+    for step in dis.get_instructions(code):
+        if step.opname in LOADS and step.argval not in made:
+            needed.add(step.argval)
+        elif step.opname in STORES:
+            made.add(step.argval)
+        elif isinstance(step.argval, CodeType):  # a function of the cell's own
+            needed |= names(step.argval)[0] - made
+    return needed, made
+
+
+class Skipping(ast.NodeTransformer):
+    """What was left out so far; as one of IPython's `ast_transformers`, it rewrites each cell."""
+
+    def __init__(self):
+        self.missing: set[str] = set()
+
+    def install(self):
+        """Rewrite all cells that follow, where this runs in a notebook, in place of an earlier Run's."""
+        if shell := get_ipython():
+            shell.ast_transformers[:] = [one for one in shell.ast_transformers if not isinstance(one, Skipping)]
+            shell.ast_transformers.append(self)
+            shell.user_ns["_skipping"] = self
+
+    def visit(self, tree: ast.Module) -> ast.Module:
+        """The cell, in a form that may be left out; nothing, if it needs what was left out."""
+        needed, made = names(compile(tree, "cell", "exec"))
+        if needed & self.missing:
+            self.missing |= made
+            return ast.Module([], [])
+        self.missing -= made
+        if "run" not in needed:
+            return tree
+        *body, last = tree.body
+        if isinstance(last, ast.Expr):
+            last = ast.Expr(
+                ast.Call(ast.Attribute(ast.Name("_skipping", ast.Load()), "show", ast.Load()), [last.value], [])
+            )
+        frame = ast.parse(f"try:\n    pass\nexcept Exception as error:\n    _skipping.left_out(error, {sorted(made)})")
+        frame.body[0].body = [*body, last]
+        return ast.fix_missing_locations(frame)
+
+    def show(self, value: object):
+        """What a cell ends with, shown as it would be; the outcome of an observation has been told."""
+        if value is not None and not isinstance(value, bool):
+            display(value)
+
+    def left_out(self, error: Exception, made: list[str]):
+        """Say why, in place of what the cell makes. Raises any other error as it came."""
+        if not isinstance(error, NotMeasured):
+            raise error
+        self.missing |= set(made)
+        display(Markdown(f"::: notice\n{error}\n:::"))

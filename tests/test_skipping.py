@@ -1,0 +1,65 @@
+"""A cell that needs rows which a device lacks is left out, and so are those that need it; no other is."""
+
+import ast
+
+import pytest
+
+from report import skipping
+from report.skipping import NotMeasured, Skipping, names
+
+
+@pytest.fixture
+def execute(monkeypatch):
+    """Execute cells as a notebook does that has a `run`; what they show is kept in `execute.shown`."""
+    shown, rewrite = [], Skipping()
+    monkeypatch.setattr(skipping, "display", lambda value: shown.append(getattr(value, "data", value)))
+
+    class Run:
+        @staticmethod
+        def rows(there):
+            if not there:
+                raise NotMeasured("not here")
+            return 3
+
+    space = {"run": Run, "_skipping": rewrite}
+
+    def execute(source):
+        exec(compile(rewrite.visit(ast.parse(source)), "cell", "exec"), space)
+        return space
+
+    execute.shown, execute.missing = shown, rewrite.missing
+    return execute
+
+
+def test_what_depends_on_missing_rows_is_left_out_and_nothing_else(execute):
+    execute("size = 2")
+    execute("rows = run.rows(False)\nother = 1")
+    execute("more = rows + size")
+    execute("def table():\n    return more")
+    execute("table()")
+    space = execute("size = 5\nrun.rows(True) + size")
+    assert execute.shown == ["::: notice\nnot here\n:::", 8] and not {"rows", "other", "more", "table"} & {*space}
+
+
+def test_a_name_that_a_cell_makes_itself_is_not_missing(execute):
+    execute("row = run.rows(False)")
+    execute("for row in range(3):\n    last = row\n[row for row in range(2)]")
+    assert execute("double = 2 * last")["double"] == 4
+
+
+def test_a_cell_that_is_run_again_with_success_is_there_again(execute):
+    execute("there = False")
+    execute("rows = run.rows(there)")
+    execute("there = True")
+    execute("rows = run.rows(there)")
+    assert execute("twice = 2 * rows")["twice"] == 6
+
+
+def test_other_errors_are_errors(execute):
+    with pytest.raises(ZeroDivisionError):
+        execute("run.rows(True) / 0")
+
+
+def test_names_are_those_that_a_cell_needs_from_before():
+    code = "import os\nx = y = a\nf = lambda z: z + y + b\n[i for i in c]\nrows = rows + 1"
+    assert names(compile(code, "cell", "exec")) == ({"a", "b", "c", "rows"}, {"os", "x", "y", "f", "rows"})
