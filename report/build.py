@@ -33,6 +33,7 @@ from report.run import CLAIMS, PROFILES, profile, write
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 EXPECTED_MINUTES = {("cuda", "full"): 15, ("cuda", "quick"): 4, ("cpu", "full"): 8, ("cpu", "quick"): 3}
+KERNEL = ["--log-level=CRITICAL", "--IPKernelApp.exec_lines=import report"]  # the second: see report/__init__.py
 TIMED_ON = {"cuda": "an H200", "cpu": "two CPU cores"}  # what these minutes are of
 
 
@@ -71,8 +72,7 @@ def execute(
     given.cells = [cell for cell in given.cells if other not in cell.metadata.get("tags", [])]
     nbformat.write(given, draft)
     how = {"kernel_name": "python3", "cwd": notebook.parent, "progress_bar": False, "stderr_file": errors}
-    # it is saved at its end, however that comes: after each cell that would take as long as the cell
-    how |= {"request_save_on_cell_execute": False, "extra_arguments": ["--log-level=CRITICAL"]}
+    how |= {"extra_arguments": KERNEL, "request_save_on_cell_execute": False}  # it is saved at its end, however it ends
     how["config"] = Config({"KernelManager": {"transport_encryption": "auto"}})  # or each kernel prints a warning
     reason = None
     try:

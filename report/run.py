@@ -15,12 +15,9 @@ from attnlib.core import Shape, UserError
 from attnlib.laws import Variant
 from attnlib.timing.machine import ceilings, describe, memory_free, resolve
 from attnlib.timing.sweep import Job, collect, point_jobs
-from attnlib.timing.worker import Worker, start_early
+from attnlib.timing.worker import Worker
 from report import stored
 from report.skipping import NotMeasured, Skipping
-
-if "ATTNLIB_MEASURES" in os.environ:  # the build says so: the workers' imports go on beside this notebook's
-    start_early()
 
 CLAIMS = "ATTNLIB_CLAIMS"  # the variable that names the file to which a notebook's claims go, for the build to check
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from datetime import date
 from functools import partial
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,23 @@ def digest(machine: Machine) -> str:
     return hashlib.sha256(repr((platform.node(), sorted(facts.items()))).encode()).hexdigest()[:12]
 
 
+def triton_version() -> str:
+    """The version of Triton, from its package's record where there is one: to import it takes a second."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # as in PyTorch's nightly builds
+        return import_module("triton").__version__
+
+
 def describe(device: str | torch.device) -> Machine:
     """What `device` is and which versions run on it, without ceilings; on a GPU it makes a CUDA context."""
     found = replace(Machine.of(device), torch=torch.__version__, python=platform.python_version())
     if found.is_cpu:
         found = replace(found, name=cpu_name(), memory_bytes=psutil.virtual_memory().total)
     else:
-        import triton
-
         gpu = torch.cuda.get_device_properties(device)
         # of cuDNN the one that is loaded, as cudnnGetVersion tells, not the one that PyTorch was built with
-        versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": triton.__version__}
+        versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": triton_version()}
         free, total = torch.cuda.mem_get_info(device)
         told = from_driver(str(gpu.uuid)) | {"notes": crowding(free, total, torch.cuda.memory_reserved(device))}
         found = replace(found, memory_bytes=gpu.total_memory, l2_bytes=gpu.L2_cache_size, **versions, **told)

@@ -10,13 +10,11 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from multiprocessing.forkserver import ensure_running
 from typing import Any
 
 from attnlib.core import UserError
 
-# what a fork server imports once for all processes that start from it; none of them touches a GPU
-PRELOADED = ["torch", "sympy", "attnlib.timing.race", "attnlib.memory.check", "attnlib.dilated"]
+PRELOADED = ["attnlib.timing.preloaded"]
 
 
 class WorkerDied(Exception):
@@ -52,12 +50,6 @@ def forkserver() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)  # heeded by whoever starts the server: by all or by none
     return context
-
-
-def start_early() -> None:
-    """Start the fork server now: it imports what workers need while the caller goes on."""
-    forkserver()
-    ensure_running()
 
 
 class Worker:

@@ -1,0 +1,8 @@
+"""What a fork server imports once for all workers that start from it; none of it touches a GPU."""
+
+import sympy  # noqa: F401
+import torch  # noqa: F401
+
+import attnlib.dilated
+import attnlib.memory.check
+import attnlib.timing.race  # noqa: F401
