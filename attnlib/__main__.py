@@ -7,8 +7,8 @@ from typing import NoReturn
 from attnlib import VARIANTS, variant
 from attnlib.core import DTYPES, Machine, Shape, UserError
 from attnlib.memory import check, fit
-from attnlib.timing.machine import memory_free, resolve
-from attnlib.timing.sweep import observation_jobs, run_jobs
+from attnlib.timing.machine import resolve
+from attnlib.timing.room import memory_free
 from attnlib.timing.worker import WorkerDied
 
 
@@ -22,6 +22,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def run_check(seed: int, count: int, device: str) -> int:
     """Check `count` random sizes, print each mismatch; 0 if there is none, else 1. Raises UserError as `draw` does."""
+    from attnlib.timing.sweep import observation_jobs, run_jobs  # which needs a system with file locks
+
     machine = Machine.of(device)
     todo = check.cases(check.draw(seed, count), machine, VARIANTS)
     booked = [check.compare(*case, machine) for case in todo]

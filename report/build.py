@@ -11,95 +11,34 @@ import logging
 import os
 import shutil
 import sys
-import textwrap
 import time
 from pathlib import Path
-from typing import TextIO
 
 import nbformat
 import pandas as pd
 import papermill
 import torch
-from nbclient.exceptions import DeadKernelError
-from traitlets.config import Config
 
 from attnlib.core import Machine, UserError
 from attnlib.timing.machine import describe, resolve
 from attnlib.timing.worker import Worker, WorkerDied
 from report import stored
-from report.export import cell_of, cut, export, heading, labels, plain
-from report.run import CLAIMS, PROFILES, profile, write
+from report.chapters import Once, execute, own_kernel
+from report.export import cell_of, export, heading, labels, plain
+from report.run import CLAIMS, PROFILES, profile
+from report.stored import write
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 EXPECTED_MINUTES = {("cuda", "full"): 15, ("cuda", "quick"): 4, ("cpu", "full"): 8, ("cpu", "quick"): 3}
-KERNEL = ["--log-level=CRITICAL", "--IPKernelApp.exec_lines=import report"]  # the second: see report/__init__.py
 TIMED_ON = {"cuda": "an H200", "cpu": "two CPU cores"}  # what these minutes are of
-
-
-class Once:
-    """Where kernels' stderr goes: each line once, since each of them warns anew. A progress bar passes as it is."""
-
-    def __init__(self, to: TextIO):
-        self.to, self.seen, self.rest, self.in_bar = to, {""}, "", False
-
-    def write(self, text: str):
-        """Write what is whole and new; the rest waits for its end."""
-        if "\r" in text:
-            self.to.write(text)
-            self.in_bar = True
-            return
-        *lines, self.rest = (self.rest + text).split("\n")
-        for line in lines:
-            if self.in_bar or line not in self.seen:
-                self.to.write(f"{line}\n")
-            self.seen.add(line)
-            self.in_bar = False
-
-    def flush(self):
-        """As a file."""
-        self.to.flush()
-
-
-def execute(
-    notebook: Path, target: Path, parameters: dict, kind: str, stderr: Once | TextIO | None = None
-) -> str | None:
-    """Run a notebook into `target`, without the cells tagged for the other kind of device. Why it stopped, or None.
-
-    What ran before it stopped is kept, and a notice stands in place of the rest."""
-    draft, errors = target.with_suffix(".partial.ipynb"), stderr or sys.stderr
-    given, other = nbformat.read(notebook, 4), "gpu" if kind == "cpu" else "cpu"
-    given.cells = [cell for cell in given.cells if other not in cell.metadata.get("tags", [])]
-    nbformat.write(given, draft)
-    how = {"kernel_name": "python3", "cwd": notebook.parent, "progress_bar": False, "stderr_file": errors}
-    how |= {"extra_arguments": KERNEL, "request_save_on_cell_execute": False}  # it is saved at its end, however it ends
-    how["config"] = Config({"KernelManager": {"transport_encryption": "auto"}})  # or each kernel prints a warning
-    reason = None
-    try:
-        papermill.execute_notebook(draft, draft, parameters=parameters, **how)
-    except papermill.PapermillExecutionError as error:
-        reason = ": ".join(filter(None, (error.ename, *error.evalue.strip().splitlines()[:1])))
-    except DeadKernelError:
-        reason = "its kernel died"
-    except Exception as error:  # a kernel that does not start, does not answer, sends what is no message
-        reason = f"{type(error).__name__}: {error}"
-    # papermill puts cells of its own around one that failed
-    ran = papermill.execute.remove_error_markers(nbformat.read(draft, 4))
-    if not reason and any(cell.metadata.get("papermill", {}).get("exception") for cell in ran.cells):
-        reason = "it was left before its end"  # by sys.exit(), which papermill takes for a success
-    if reason:
-        reason = textwrap.shorten(reason, 300, placeholder=" …")
-        cut(ran, reason)
-    nbformat.write(ran, draft)
-    draft.rename(target)
-    return reason
 
 
 def claims_of(out: Path) -> list[dict]:
     """The claims that the notebooks made, in their order, which are written to claims.csv as well."""
     found = []
     for path in sorted((out / "notebooks").glob("*.claims")):
-        for line in path.read_text().splitlines():
+        for line in path.read_text("utf-8").splitlines():
             try:
                 found.append({"notebook": path.stem, **json.loads(line)})
             except ValueError:  # the last line of a kernel that was killed while it wrote
@@ -161,7 +100,10 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
     told = "chapter {}: {claim} (expected {expected}, measured {measured})"
     broken = [told.format(int(law["notebook"][:2]), **law) for law in fallen]
     notices = [("broken", f"**Broken law**, {plain(text)}") for text in broken]
-    notices += [("notice", plain(text[0].upper() + text[1:])) for text in (*stopped, *missing, *machine.notes)]
+    notices += [
+        ("notice", plain(text[0].upper() + text[1:]))
+        for text in (*stopped, *missing, *stored.notes_of(folder, machine))
+    ]
     wrong = [f"broken law, {text}" for text in broken] + stopped
     if lacking := [name for name in ("pypandoc", "typst") if not importlib.util.find_spec(name)]:
         print(f"measured, not exported: this Python lacks {', '.join(lacking)}; elsewhere: make replay DEVICE={folder}")
@@ -180,11 +122,11 @@ def publish(folder: str):
     were there. Each file is replaced by a whole one. Raises UserError if it can't be written."""
     made = sorted((ROOT / "build" / folder / "figures").glob("*.svg"))
     for path in made:
-        write(ROOT / "figures" / folder / path.name, path.read_text())
+        write(ROOT / "figures" / folder / path.name, path.read_text("utf-8"))
     for path in (ROOT / "figures" / folder).glob("*.svg"):
         if path.name not in [one.name for one in made]:
             path.unlink()
-    write(ROOT / "data" / folder / "claims.csv", (ROOT / "build" / folder / "claims.csv").read_text())
+    write(ROOT / "data" / folder / "claims.csv", (ROOT / "build" / folder / "claims.csv").read_text("utf-8"))
     print(f"published: data/{folder}/claims.csv and {len(made)} figures in figures/{folder}/")
 
 
@@ -211,6 +153,9 @@ def main() -> int:
     os.environ.setdefault("ATTNLIB_PROGRESS", "bar" if sys.stderr.isatty() else "lines")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # or a kernel warns of frozen modules
     os.environ.setdefault("PYTHONWARNINGS", "ignore:Attempting to run cuBLAS")  # as in attnlib.timing.worker
+    own_kernel(ROOT / "build" / "jupyter")
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets its number
+        stream.reconfigure(errors="backslashreplace")
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # whatever it logs as an error it raises as well
     try:
         asked = profile(options.profile)

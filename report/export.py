@@ -109,7 +109,7 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
     work = out / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    (work / "report.md").write_text(markdown(sorted((out / "notebooks").glob("[0-9]*.ipynb")), work))
+    (work / "report.md").write_text(markdown(sorted((out / "notebooks").glob("[0-9]*.ipynb")), work), "utf-8")
     about = {
         "title": "The cost of attention",
         "subtitle": "Measured, predicted, and explained",
@@ -120,7 +120,7 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
         "notices": [{"look": look, "text": text} for look, text in notices],
         "declared": declared,
     }
-    (work / "about.json").write_text(json.dumps(about))
+    (work / "about.json").write_text(json.dumps(about), "utf-8")
     for to in ("html", "typst"):
         command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]
         command += [f"--template={HERE / f'template.{to}'}", f"--lua-filter={HERE / 'filter.lua'}"]

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import seaborn as sns
+from matplotlib import rcdefaults
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -23,6 +24,7 @@ def colour(variant):
 
 def style():
     """Set the look of all figures: SVG in notebooks, and with svg.hashsalt equal figures are equal files."""
+    rcdefaults()  # a user's own matplotlibrc is for the user's own figures
     set_matplotlib_formats("svg")
     look = {"axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "axes.grid.which": "major"}
     sns.set_theme(context="paper", style="whitegrid", rc=look)

@@ -1,5 +1,6 @@
 """From data to a report: measure or load the rows, put claims to the test, keep the figures."""
 
+import io
 import json
 import math
 import os
@@ -13,11 +14,13 @@ from IPython.display import Markdown, display
 
 from attnlib.core import Shape, UserError
 from attnlib.laws import Variant
-from attnlib.timing.machine import ceilings, describe, memory_free, resolve
+from attnlib.timing.machine import ceilings, describe, resolve
+from attnlib.timing.room import memory_free
 from attnlib.timing.sweep import Job, collect, point_jobs
 from attnlib.timing.worker import Worker
 from report import stored
 from report.skipping import NotMeasured, Skipping
+from report.stored import write
 
 CLAIMS = "ATTNLIB_CLAIMS"  # the variable that names the file to which a notebook's claims go, for the build to check
 
@@ -41,17 +44,6 @@ def profile(name: str) -> Profile:
     if name not in PROFILES:
         raise UserError(f"profile must be one of {', '.join(PROFILES)}, not {name!r}")
     return PROFILES[name]
-
-
-def write(path: Path, text: str):
-    """Write a file so that a reader sees the old text or the new one. Raises UserError if it can't."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-        draft.write_text(text)
-        os.replace(draft, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def say(text: str):
@@ -162,8 +154,9 @@ class Run:
     def figure(self, name: str, figure):
         """Save a matplotlib figure as build/<device>/figures/<notebook number>_<name>.svg and return it to be shown."""
         path = stored.ROOT / "build" / self.folder / "figures" / f"{self.notebook[:2]}_{name}.svg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        write(path, text.getvalue())
         plt.close(figure)  # or the notebook shows it a second time
         return figure
 
@@ -196,7 +189,7 @@ class Run:
             {"kind": kind, "claim": text, "expected": str(expected), "measured": str(measured), "holds": holds}
         )
         if path := os.environ.get(CLAIMS):
-            with open(path, "a") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.claims[-1]) + "\n")
         return holds
 
@@ -223,7 +216,7 @@ class Run:
         """Describe this machine in the folder's machine.json, beside those whose rows are still there, with the `notes`
         on the file called `stem` in place of what was noted on it before."""
         folder, me, known = stored.ROOT / "data" / self.folder, self.machine.machine, self._facts()
-        texts = [path.read_text() for path in folder.glob("*.csv")]
+        texts = [path.read_text("utf-8") for path in folder.glob("*.csv")]
         kept = {one: facts for one, facts in known.items() if one != me and any(one in text for text in texts)}
         gpus = ("multiprocessors", "compute_capability") if self.machine.is_cpu else ()  # of which a CPU has none
         mine = {what: x for what, x in asdict(self.machine).items() if x and what not in gpus}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 
 from attnlib.core import Machine, Shape, UserError
 from attnlib.rows import COLUMNS, FIGURES, POINT, SCHEMA, SIZES, STATUSES, lacking
+from attnlib.timing.machine import at_power_limit
 from report.published import read
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +25,17 @@ INTERVALS = (("ratio", "low", "high"), ("of_default", "of_default_low", "of_defa
 WIDER = 4.604 / 2.576 * math.sqrt(5 / 4)
 
 
+def write(path: Path, text: str):
+    """Write a file so that a reader sees the old text or the new one. Raises UserError if it can't."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 def devices() -> list[str]:
     """The names of the folders of data/ that a report can be made from."""
     return sorted(path.parent.name for path in (ROOT / "data").glob("*/machine.json"))
@@ -34,9 +47,10 @@ def machines(folder: Path) -> dict[str, dict]:
     Beside a Machine's facts, `dates`, `rows` and `remarks` say for each CSV when it was measured, how many rows it got,
     what a reader must know. Raises UserError if the folder is none of `devices()`, or the file is damaged."""
     if folder.name not in devices() or folder.parent != ROOT / "data":
-        raise UserError(f"no data for device {folder.name!r} (there is: {', '.join(devices())})")
+        asked = folder.name if folder.parent == ROOT / "data" else ""
+        raise UserError(f"no data for device {asked!r} (there is: {', '.join(devices())})")
     try:
-        known = json.loads((folder / "machine.json").read_text())
+        known = json.loads((folder / "machine.json").read_text("utf-8"))
         if all(
             facts["machine"] == machine and facts["kind"] and "ceilings" in facts for machine, facts in known.items()
         ):
@@ -138,6 +152,15 @@ def machine_of(folder: str, prefix: str = "") -> Machine:
     facts = known[rows_of(paths[0])["machine"].iloc[0]]
     days = {facts.get("dates", {}).get(path.stem, facts["date"]) for path in paths}
     return replace(Machine.from_facts(facts), date=" and ".join(sorted(days)))
+
+
+def notes_of(folder: str, machine: Machine) -> list[str]:
+    """What a reader must know of the machine, in sentences: who else used it, and whether its power limit held it."""
+    powers: list[float] = []
+    for path in sorted((ROOT / "data" / folder).glob("[0-9]*.csv")):
+        if "power_w" in pd.read_csv(path, nrows=0):
+            powers += pd.read_csv(path, usecols=["power_w"])["power_w"].tolist()
+    return [*machine.notes, *filter(None, [at_power_limit(powers, machine)])]
 
 
 def published_rows(name: str) -> pd.DataFrame:

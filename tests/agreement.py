@@ -28,7 +28,8 @@ from attnlib.timing.race import passes
 from attnlib.timing.sweep import collect, point_jobs
 from attnlib.timing.worker import Worker
 from report import stored
-from report.run import profile, write
+from report.run import profile
+from report.stored import write
 
 LIMIT = {"cuda": 0.03, "cpu": 0.05}
 LENGTHS = {"cuda": (256, 512, 1024, 2048, 4096, 8192), "cpu": (256, 512, 1024)}

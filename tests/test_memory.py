@@ -12,7 +12,7 @@ from attnlib.core import PHASES, Machine, Shape, UserError
 from attnlib.laws import ACCOUNTS, bytes_needed
 from attnlib.memory import check, fit
 from attnlib.memory.ledger import Ledger, ledger, reached
-from attnlib.timing.machine import memory_free
+from attnlib.timing.room import memory_free
 from attnlib.timing.sweep import observation_jobs, run_jobs
 from report import predicted
 

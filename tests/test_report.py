@@ -325,6 +325,15 @@ OUTLIVED = "print('of the cell that failed')\n"
 
 
 @pytest.mark.ci
+def test_a_broken_law_may_contain_what_markdown_and_html_would_take_for_theirs(copy, build):
+    replace_notebooks(copy, notebook_of(f"{RUN}run.law('2*B*H**2 <of> $x$ @tbl-x', '<object at 0>', [1, '\\\\z'])"))
+    status, err = build(*REPLAY)
+    first, rest = page(copy)
+    assert status == 1 and is_one_line_error(status, err)
+    assert all("2*B*H**2 &lt;of&gt; $x$ @tbl-x" in part and "&lt;object at 0&gt;" in part for part in (first, rest))
+
+
+@pytest.mark.ci
 def test_whatever_happens_to_a_chapter_the_report_is_there(copy, build):
     """A law that fails, an exception, a kernel that is killed, an early exit: what ran is kept, the others run, and no
     file that is tracked is touched."""

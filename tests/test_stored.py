@@ -190,3 +190,15 @@ def test_what_a_reader_must_know_of_some_rows_stands_beside_them(tmp_path, monke
     path.write_text(json.dumps(machine))
     run = Run("03_flash", "x", "full", True)
     assert (run.remark("race"), run.remark("frontier")) == ("older than its method", "")
+
+
+def test_a_reader_is_told_who_else_used_the_gpu_and_whether_its_power_limit_held_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "ROOT", tmp_path)
+    folder = tmp_path / "data" / "x"
+    folder.mkdir(parents=True)
+    pd.DataFrame({"power_w": [100.0, 699.0, None]}).to_csv(folder / "01_a.csv")
+    pd.DataFrame({"ms": [1.0]}).to_csv(folder / "02_b.csv")
+    machine = Machine("cuda", notes=("Others.",), power_limit_w=700.0)
+    others, power = stored.notes_of("x", machine)
+    assert others == "Others." and power.startswith("In 1 of 2 measured points the GPU drew at least 97 %")
+    assert stored.notes_of("x", Machine("cuda")) == []

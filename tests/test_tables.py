@@ -10,7 +10,7 @@ from attnlib import VARIANTS
 from attnlib.core import Machine, Shape
 from attnlib.laws import ACCOUNTS, c
 from attnlib.memory.check import compare
-from report import plots, tables
+from report import across, plots, tables
 from report.predicted import agreement, with_floors, with_laws
 from report.stored import load, machine_of
 
@@ -122,3 +122,20 @@ def test_a_colour_belongs_to_a_name_and_not_to_a_place_in_the_table():
     new = [plots.colour(f"new {at}") for at in range(9)]
     assert len({*new, *known.values()}) == len(known) + 9
     assert {name: plots.colour(name) for name in [*VARIANTS][::-1]} == known and plots.colour("new 3") == new[3]
+
+
+def test_a_prediction_that_missed_is_called_one():
+    assert tables.against(2.2, 2.0) == "2.2 (predicted 2.0)"
+    assert tables.against(1.35, 2.1, ".2f") == "1.35 (predicted 2.10, missed by -36%)"
+
+
+def test_one_is_no_plural():
+    assert [tables.plural(count, "point") for count in (0, 1, 1200)] == ["0 points", "1 point", "1,200 points"]
+
+
+def test_machines_beside_each_other_have_bytes_as_the_laws_say_and_times_of_their_own():
+    every = across.beside(load("nvidia-h200", "01_naive_sweep"), machine_of("nvidia-h200", "01_naive_sweep"))
+    assert {"GTX 1080", "A800", "CPU (published)", "NVIDIA H200"} <= {*every["source"]}
+    own = every[~every["published"].astype(bool)]
+    assert (own["equal"] == own["points"]).all() and (own["ms"] >= own["least_ms"]).loc[own["ms"].notna()].all()
+    assert every.loc[every["published"].astype(bool), "least_ms"].isna().all()

@@ -493,7 +493,6 @@ def test_a_floor_may_be_taken_at_other_rates():
     assert cloned["forward_floor_ms"] == pytest.approx(2 * copied["forward_floor_ms"])
 
 
-@pytest.mark.xfail(reason="data are measured anew with this issue", strict=False)
 def test_no_committed_median_lies_below_its_floor():
     """On any device, at any point: a floor that is undercut is none."""
     below = []

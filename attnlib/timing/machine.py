@@ -19,6 +19,7 @@ import torch
 from attnlib.core import DTYPES, Machine, UserError
 from attnlib.rows import is_missing
 from attnlib.timing.clock import estimate, fitting, graphed, in_a_row, time_passes
+from attnlib.timing.room import memory_free
 
 CONTEXT_BYTES = 2**29  # of a GPU, about what the driver takes for this process itself
 CROWDED_BYTES = 2**30  # held by others, from which on a reader is told
@@ -44,21 +45,8 @@ def resolve(name: str) -> str:
 def cpu_name() -> str:
     """The processor's model name where the system tells it, else its architecture."""
     facts = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", facts.read_text(), re.M) if facts.exists() else None
+    found = re.search(r"^model name\s*:\s*(.+)$", facts.read_text("utf-8"), re.M) if facts.exists() else None
     return found[1].strip() if found else f"CPU {platform.processor() or platform.machine()}"
-
-
-def memory_free(device: str | torch.device) -> int:
-    """Bytes that a new allocation can get, with what PyTorch holds unused; on the CPU of the container, if any."""
-    if torch.device(device).type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    free = psutil.virtual_memory().available
-    try:
-        group = Path("/sys/fs/cgroup")
-        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return free
 
 
 def from_driver(uuid: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from attnlib.laws import Variant, bytes_needed, law_of
 from attnlib.memory.allocator import account
 from attnlib.rows import TIMED
 from attnlib.timing.clock import PASSES, estimate, fitting, longest_kernel, statistics, time_passes
-from attnlib.timing.machine import memory_free, state
+from attnlib.timing.machine import state
+from attnlib.timing.room import memory_free
 
 # what PyTorch on the CPU, the CUDA driver, and the libraries above it say when memory ran out
 RAN_OUT = re.compile(

@@ -179,7 +179,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     """Write rows as a CSV that a reader sees whole or not at all; those of points with all their columns, in order."""
     seen = dict.fromkeys(column for row in rows for column in row)
     draft = path.with_name(f"{path.name}.draft")
-    with draft.open("w", newline="") as file:
+    with draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS if {*seen} <= {*COLUMNS} else [*seen])
         writer.writeheader()
         writer.writerows({name: f"{x:.9g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows)
