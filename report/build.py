@@ -76,6 +76,7 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
     for name in ("notebooks", "figures"):
         shutil.rmtree(out / name, ignore_errors=True)
     (out / "notebooks").mkdir(parents=True)
+    own_kernel(ROOT / "build" / "jupyter")
     stopped, missing = [], []
     for notebook in NOTEBOOKS:
         begun, number, target = time.monotonic(), notebook.name[:2], out / "notebooks" / notebook.name
@@ -153,7 +154,6 @@ def main() -> int:
     os.environ.setdefault("ATTNLIB_PROGRESS", "bar" if sys.stderr.isatty() else "lines")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # or a kernel warns of frozen modules
     os.environ.setdefault("PYTHONWARNINGS", "ignore:Attempting to run cuBLAS")  # as in attnlib.timing.worker
-    own_kernel(ROOT / "build" / "jupyter")
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets its number
         stream.reconfigure(errors="backslashreplace")
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # whatever it logs as an error it raises as well

@@ -10,6 +10,7 @@ from typing import TextIO
 import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
+from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
 from report.export import cut
@@ -42,6 +43,22 @@ class Once:
         self.to.flush()
 
 
+class Keeping(NBClientEngine):
+    """Papermill's engine, which leaves what ran in `ran`, however that ended. (Papermill itself writes the notebook at
+    each cell, which takes as long as most cells do, or loses it where a kernel dies.)"""
+
+    ran: nbformat.NotebookNode
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, *arguments, **options):
+        """As the engine it extends."""
+        cls.ran = nb_man.nb
+        super().execute_managed_notebook(nb_man, *arguments, **options)
+
+
+papermill_engines.register("keeping", Keeping)
+
+
 def execute(
     notebook: Path, target: Path, parameters: dict, kind: str, stderr: Once | TextIO | None = None
 ) -> str | None:
@@ -53,8 +70,9 @@ def execute(
     given.cells = [cell for cell in given.cells if other not in cell.metadata.get("tags", [])]
     nbformat.write(given, draft)
     how = {"kernel_name": "python3", "cwd": notebook.parent, "progress_bar": False, "stderr_file": errors}
-    how |= {"extra_arguments": KERNEL, "request_save_on_cell_execute": False}  # it is saved at its end, however it ends
+    how |= {"extra_arguments": KERNEL, "engine_name": "keeping", "request_save_on_cell_execute": False}
     how["config"] = Config({"KernelManager": {"transport_encryption": "auto"}})  # or each kernel prints a warning
+    Keeping.ran = given
     reason = None
     try:
         papermill.execute_notebook(draft, draft, parameters=parameters, **how)
@@ -64,8 +82,7 @@ def execute(
         reason = "its kernel died"
     except Exception as error:  # a kernel that does not start, does not answer, sends what is no message
         reason = f"{type(error).__name__}: {error}"
-    # papermill puts cells of its own around one that failed
-    ran = papermill.execute.remove_error_markers(nbformat.read(draft, 4))
+    ran = papermill.execute.remove_error_markers(Keeping.ran)  # cells of its own around one that failed
     if not reason and any(cell.metadata.get("papermill", {}).get("exception") for cell in ran.cells):
         reason = "it was left before its end"  # by sys.exit(), which papermill takes for a success
     if reason:

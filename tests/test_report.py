@@ -203,7 +203,7 @@ def test_only_works_on_a_machine_without_any_data(copy, build, executed):
     shutil.rmtree(copy / "data" / "nvidia-h200")
     assert build("measure", "--device", "cpu", "--profile", "quick", "--only", "02") == (0, "")
     assert executed.ran == [("02", False)] and len(executed.notices) >= 3
-    (out,) = (copy / "build").iterdir()
+    (out,) = (path for path in (copy / "build").iterdir() if path.name != "jupyter")
     stub = nbformat.read(out / "notebooks" / "01_naive_sweep.ipynb", 4).cells[0].source
     assert "`make report PROFILE=quick ONLY=01`" in stub
 
@@ -322,6 +322,21 @@ def test_the_labels_of_cells_are_what_a_text_may_refer_to(tmp_path):
 RUN = "from report.run import Run\nrun = Run('01_test', device, profile, replay)\n"
 LAWS = f"{RUN}run.law('one is two', 1, 2)\nrun.observe('warm enough', 1.0, least=2.0)"
 OUTLIVED = "print('of the cell that failed')\n"
+
+
+@pytest.mark.ci
+def test_the_kernel_is_of_the_python_that_builds(copy, build, tmp_path, monkeypatch):
+    """Whatever kernel called python3 a user has, here one that cannot start; letters beyond a locale's come through."""
+    theirs = tmp_path / "jupyter" / "kernels" / "python3"
+    theirs.mkdir(parents=True)
+    spec = {"argv": ["/nowhere/python", "-f", "{connection_file}"], "display_name": "other", "language": "python"}
+    (theirs / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("LC_ALL", "C")
+    replace_notebooks(copy, notebook_of(f"{RUN}import sys\nrun.law('∘ python', {sys.executable!r}, sys.executable)"))
+    assert build(*REPLAY) == (0, "")
+    assert "holds: ∘ python" in page(copy)[1]
 
 
 @pytest.mark.ci
