@@ -36,7 +36,8 @@ class Skipping(ast.NodeTransformer):
     """What was left out so far; as one of IPython's `ast_transformers`, it rewrites each cell."""
 
     def __init__(self):
-        self.missing: set[str] = set()
+        self.missing: dict[str, str] = {}  # the names that cells left out would have made, and why they were
+        self.told = ""  # the reason that was told last, if every cell since was left out for it
 
     def install(self):
         """Rewrite all cells that follow, where this runs in a notebook, in place of an earlier Run's."""
@@ -48,10 +49,15 @@ class Skipping(ast.NodeTransformer):
     def visit(self, tree: ast.Module) -> ast.Module:
         """The cell, in a form that may be left out; nothing, if it needs what was left out."""
         needed, made = names(compile(tree, "cell", "exec"))
-        if needed & self.missing:
-            self.missing |= made
+        if lacking := sorted(needed & {*self.missing}):
+            why = self.missing[lacking[0]]
+            self.missing |= dict.fromkeys(made, why)
+            if why != self.told:
+                self.tell(why)
             return ast.Module([], [])
-        self.missing -= made
+        self.told = ""
+        for name in made:
+            self.missing.pop(name, None)
         if "run" not in needed:
             return tree
         *body, last = tree.body
@@ -72,5 +78,10 @@ class Skipping(ast.NodeTransformer):
         """Say why, in place of what the cell makes. Raises any other error as it came."""
         if not isinstance(error, NotMeasured):
             raise error
-        self.missing |= set(made)
-        display(Markdown(f"::: notice\n{error}\n:::"))
+        self.missing |= dict.fromkeys(made, str(error))
+        self.tell(str(error))
+
+    def tell(self, why: str):
+        """Say why something is missing, in its place."""
+        self.told = why
+        display(Markdown(f"::: notice\n{why}\n:::"))

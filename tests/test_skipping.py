@@ -32,13 +32,16 @@ def execute(monkeypatch):
 
 
 def test_what_depends_on_missing_rows_is_left_out_and_nothing_else(execute):
+    notice = "::: notice\nnot here\n:::"
     execute("size = 2")
     execute("rows = run.rows(False)\nother = 1")
     execute("more = rows + size")
     execute("def table():\n    return more")
     execute("table()")
+    assert execute.shown == [notice], "once, as long as nothing comes between"
     space = execute("size = 5\nrun.rows(True) + size")
-    assert execute.shown == ["::: notice\nnot here\n:::", 8] and not {"rows", "other", "more", "table"} & {*space}
+    execute("table()")
+    assert execute.shown == [notice, 8, notice] and not {"rows", "other", "more", "table"} & {*space}
 
 
 def test_a_name_that_a_cell_makes_itself_is_not_missing(execute):
