@@ -62,15 +62,17 @@ papermill_engines.register("keeping", Keeping)
 def execute(
     notebook: Path, target: Path, parameters: dict, kind: str, stderr: Once | TextIO | None = None
 ) -> str | None:
-    """Run a notebook into `target`, without the cells tagged for the other kind of device. Why it stopped, or None.
+    """Run a notebook into `target`, without the cells tagged for the other kind of device, or for JupyterLab. Why it
+    stopped, or None.
 
     What ran before it stopped is kept, and a notice stands in place of the rest."""
     draft, errors = target.with_suffix(".partial.ipynb"), stderr or sys.stderr
     given, other = nbformat.read(notebook, 4), "gpu" if kind == "cpu" else "cpu"
-    given.cells = [cell for cell in given.cells if other not in cell.metadata.get("tags", [])]
+    given.cells = [cell for cell in given.cells if not {other, "lab"} & {*cell.metadata.get("tags", [])}]
     nbformat.write(given, draft)
     how = {"kernel_name": "python3", "cwd": notebook.parent, "progress_bar": False, "stderr_file": errors}
     how |= {"extra_arguments": KERNEL, "engine_name": "keeping", "request_save_on_cell_execute": False}
+    how["execution_timeout"] = 900 if parameters.get("replay") else 7200  # seconds, of a cell: a kernel may fall silent
     how["config"] = Config({"KernelManager": {"transport_encryption": "auto"}})  # or each kernel prints a warning
     Keeping.ran = given
     reason = None

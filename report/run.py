@@ -97,8 +97,8 @@ class Run:
         """The rows of any other jobs, as `sweep`. numbers: the columns that must be there and be numbers; lanes: how
         many jobs may run side by side, as far as the device's memory has room for what they claim.
 
-        Empty if no job gave a row. Raises UserError if the rows cannot be written or are damaged, NotMeasured in a
-        replay without such rows."""
+        Raises UserError if the rows cannot be written or are damaged, NotMeasured if no job gave a row, or in a replay
+        without such rows."""
         if not self.replay:
             apart = lanes > 1 or any(job.process is not None or job.here for job in jobs)
             room_bytes = self.worker.call(memory_free, self.device) if lanes > 1 else 0
@@ -106,7 +106,7 @@ class Run:
                 self.worker.stop()  # it gives the device back, so that all of it can be had
             self._collect(name, jobs, worker=None if apart else self.worker, lanes=lanes, room_bytes=room_bytes)
         if not self.replay and not self.path(name).exists():
-            return pd.DataFrame()
+            raise NotMeasured(f"Nothing could be measured here for *{name}* of chapter {int(self.notebook[:2])}.")
         self._must_have(name)
         return stored.rows_of(self.path(name), numbers)
 

@@ -95,7 +95,7 @@ def replay(notebook: Path, device: str) -> tuple[list[list], list[str]]:
     space = {"__name__": "notebook", "display": show}
     kind = run.stored.machine_of(device).kind
     for cell in nbformat.read(notebook, 4).cells:
-        if {"cpu": "gpu", "cuda": "cpu"}[kind] in cell.metadata.get("tags", ()):
+        if {{"cpu": "gpu", "cuda": "cpu"}[kind], "lab"} & {*cell.metadata.get("tags", ())}:
             continue
         if cell.cell_type != "code":
             said.append(cell.source)
