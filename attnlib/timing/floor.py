@@ -21,10 +21,10 @@ def rate_at(rates: Mapping, nbytes: int) -> float:
     return max(rate for size, rate in by_size.items() if size >= below)
 
 
-def operations(variant: Variant, shape: Shape, machine: Machine, rates: str = "copy_gb_s") -> list[dict[str, Any]]:
+def operations(variant: Variant, shape: Shape, machine: Machine) -> list[dict[str, Any]]:
     """The ledger of `variant`, what moves bytes or computes, with the time each operation needs at least, in ms.
 
-    bandwidth_ms: its bytes at the copy rate of tensors of its size (or another of the ceilings' `rates`); compute_ms:
+    bandwidth_ms: its bytes at the copy rate of tensors of its size; compute_ms:
     its matrix product at the GEMM rate; latency_ms: what a tiny operation takes, on a CPU its launch; execution_ms: the
     largest of the three, which `regime` names: "bandwidth", "compute", or "latency", on a CPU "launch"."""
     ceilings, tiny, found = machine.ceilings, "launch" if machine.is_cpu else "latency", []
@@ -32,7 +32,7 @@ def operations(variant: Variant, shape: Shape, machine: Machine, rates: str = "c
     latency = (ceilings["launch_us"] if machine.is_cpu else ceilings.get("graph_us", 0.0)) / 1e3
     for row in ledger(variant, shape, machine):
         if row["phase"] in PHASES and (row["traffic_bytes"] or row["flops"]):
-            moved = row["traffic_bytes"] / rate_at(ceilings[rates], row["largest_bytes"]) / 1e6
+            moved = row["traffic_bytes"] / rate_at(ceilings["copy_gb_s"], row["largest_bytes"]) / 1e6
             computed = row["flops"] / ceilings["gemm_tflop_s"][shape.dtype] / 1e9
             least = {"bandwidth": moved, "compute": computed, tiny: latency}
             regime = max(least, key=least.get)
@@ -41,14 +41,14 @@ def operations(variant: Variant, shape: Shape, machine: Machine, rates: str = "c
     return found
 
 
-def floor(variant: Variant, shape: Shape, machine: Machine, rates: str = "copy_gb_s") -> dict[str, Any]:
+def floor(variant: Variant, shape: Shape, machine: Machine) -> dict[str, Any]:
     """For forward and backward: `<phase>_floor_ms` and `<phase>_regime` on the device's clock, `<phase>_user_floor_ms`
-    and `<phase>_user_regime` on the user's.
+    on the user's.
 
     On the device's, operations run one after the other: the sum of what each takes at least, and the regime of most of
     that sum. On the user's, they run while the next ones are being launched: the whole takes at least as long, and at
-    least as long as all launches, which is the regime "launch" where it decides. On a CPU the two are one."""
-    ops, found = operations(variant, shape, machine, rates), dict[str, Any]()
+    least as long as all launches. On a CPU the two are one."""
+    ops, found = operations(variant, shape, machine), dict[str, Any]()
     for phase in PHASES:
         mine = [op for op in ops if op["phase"] == phase]
         shares = {op["regime"]: 0.0 for op in mine}
@@ -58,5 +58,4 @@ def floor(variant: Variant, shape: Shape, machine: Machine, rates: str = "copy_g
         launches = 0.0 if machine.is_cpu else len(mine) * machine.ceilings["launch_us"] / 1e3
         found |= {f"{phase}_floor_ms": total, f"{phase}_regime": regime}
         found |= {f"{phase}_user_floor_ms": max(total, launches)}
-        found |= {f"{phase}_user_regime": "launch" if launches > total else regime}
     return found

@@ -152,7 +152,7 @@ def by_each_clock(variant: Variant, shape: Shape, phase: str, device: str) -> Ro
 
 def clock_jobs(variant: Variant, shapes: Iterable[Shape], device: str, apart: bool = False) -> list[Job]:
     """`by_each_clock` of each shape, forward, and forward and backward; `apart` where a profiler has run in the worker,
-    which makes launches slower from then on."""
+    which may make launches slower from then on."""
     todo = product(shapes, ("forward", "forward_backward"))
     names = {(one, phase): f"{point_name(variant, one)} {phase}" for one, phase in todo}
     return [
