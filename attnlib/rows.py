@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from attnlib.core import PHASES, Shape
 
-SCHEMA = 2  # of the rows written now; see report.stored for how older ones are lifted to it
+SCHEMA = 2  # of the rows written now; rows of another are refused
 STATUSES = ("ok", "oom", "unsupported", "crash", "timeout")
 TIMED = (*PHASES, "forward_backward")
 STATISTICS = ("", "_p20", "_p80", "_mean", "_std", "_count")

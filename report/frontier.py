@@ -1,6 +1,6 @@
 """Where memory runs out: the length that the law predicts, tried on the GPU in fresh processes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from attnlib.timing.worker import Worker
 
 ROOM = ["memory_bytes", "taken_bytes", "libraries_bytes"]  # see `trial`
 POOL = ["requested_bytes", "allocated_bytes", "reserved_bytes"]
-CELL = ["batch", "heads", "head_dim", "seq_len", "memory_bytes"]  # the numbers of a row of `cell`
+CELL = ["batch", "heads", "head_dim", "seq_len", "memory_bytes"]  # the numbers of a row of `cells`
 FOUND = ["predicted_seq_len", "found_seq_len", "trials", "need_bytes"]
 SEARCH = [*CELL[:3], *ROOM, *FOUND, *POOL, "tried_bytes"]  # of a row of `search`
 
@@ -38,13 +38,14 @@ def frontier_cases(memory_bytes, phases, head_dims, *, variants, dtypes=("float3
 
 
 def trial(case: Case, device: str) -> dict:
-    """Run one case at its shape in this process, which must not have touched the GPU before.
+    """Run one case at its shape in this process, which must not have touched the GPU before, if the room is to be told.
 
     Returns `fits`, None where the device has less memory free than the case asks for; `memory_bytes`, what the process
     may take from the driver; `taken_bytes`, what the device had given to the driver's context, the kernels' code and
     other processes before; `libraries_bytes`, the workspaces that the libraries keep; and, where it does not fit, POOL
     at the moment of failure and `tried_bytes`."""
     torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{case.allocator == 'expandable'}")
+    torch.cuda.empty_cache()  # of an earlier trial
     variant, shape, (free, total) = case.variant, case.shape, torch.cuda.mem_get_info(device)
     if case.memory_bytes > free:
         return {"fits": None}
@@ -122,20 +123,38 @@ def name_of(case: Case) -> dict:
     return {name: value for name, value in row.items() if name != "seq_len"}
 
 
-def cell(case: Case, device: str) -> list[dict]:
-    """The row of one case tried at its own shape. No row where the device has not that much memory free."""
-    found = in_fresh_process(case, case.shape.seq_len, device)
-    row = name_of(case) | {"seq_len": case.shape.seq_len}
-    return [] if found["fits"] is None else [row | {name: found[name] for name in ("memory_bytes", "fits")}]
+def cells(cases: Sequence[Case], device: str) -> list[dict]:
+    """The rows of cases tried at their own shapes, one after the other in one process, as a program does that goes
+    through a grid. No row where the device has not that much memory free."""
+    rows = []
+    with Worker() as worker:
+        for case in cases:
+            found = worker.call_again(trial, case, device, timeout_s=300)
+            row = name_of(case) | {"seq_len": case.shape.seq_len}
+            rows += [] if found["fits"] is None else [row | {name: found[name] for name in ("memory_bytes", "fits")}]
+    return rows
 
 
-def frontier_jobs(function: Callable, wanted: Iterable[Case], device: str) -> Sequence[Job]:
-    """`search` or `cell` of each case: they start processes of their own, as many at once as memory has room for."""
-    found = []
-    for case in wanted:
-        claim = case.memory_bytes or 2**62  # all there is: alone
-        if function is cell:  # at a shape of its own it may need less, though a pool holds more than the law says
-            claim = min(claim, 2 * bytes_needed(case.variant, case.shape, Machine("cuda"), case.phase) + 2**30)
-        words = [*name_of(case).values(), case.shape.seq_len, case.memory_bytes]
-        found.append(Job(" ".join(map(str, words)), function, (case, device), claim_bytes=claim, here=True))
-    return found
+def search_jobs(cases: Iterable[Case], device: str) -> Sequence[Job]:
+    """`search` of each case: they start processes of their own, as many at once as memory has room for."""
+    claims = ((case, case.memory_bytes or 2**62) for case in cases)  # all there is: alone
+    return [Job(words(case), search, (case, device), claim_bytes=claim, here=True) for case, claim in claims]
+
+
+def grid_jobs(cases: Iterable[Case], device: str) -> Sequence[Job]:
+    """`cells` of all lengths of each variant, width and memory."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(words(case), []).append(case)
+    jobs = []
+    for name, group in groups.items():
+        # they may need less than they may have, though a pool holds more than the law says
+        most = max(bytes_needed(case.variant, case.shape, Machine("cuda"), case.phase) for case in group)
+        claim = min(group[0].memory_bytes, 2 * most + 2**30)
+        jobs.append(Job(name, cells, (group, device), claim_bytes=claim, here=True))
+    return jobs
+
+
+def words(case: Case) -> str:
+    """A case in words, without its length."""
+    return " ".join(map(str, [*name_of(case).values(), case.memory_bytes]))

@@ -140,10 +140,6 @@ class Run:
         if self.machine.is_cpu:
             raise NotMeasured(f"{what} needs a GPU: not measured on this device.")
 
-    def remark(self, name: str) -> str:
-        """What machine.json says that a reader must know of the rows called `name`, or nothing."""
-        return self._facts().get(self.machine.machine, {}).get("remarks", {}).get(self.path(name).stem, "")
-
     def agreement(self, name: str) -> pd.DataFrame | None:
         """The pairs of 0.1 ms and more that tests/agreement.py left for this very machine, or None."""
         path = stored.ROOT / "data" / self.folder / f"{name}_agreement.csv"
@@ -220,7 +216,7 @@ class Run:
         kept = {one: facts for one, facts in known.items() if one != me and any(one in text for text in texts)}
         gpus = ("multiprocessors", "compute_capability") if self.machine.is_cpu else ()  # of which a CPU has none
         mine = {what: x for what, x in asdict(self.machine).items() if x and what not in gpus}
-        for what in ("dates", "rows", "remarks"):
+        for what in ("dates", "rows"):
             before = known.get(me, {}).get(what, {})
             mine[what] = {of: x for of, x in before.items() if of != stem}
             mine[what] |= {stem: notes[what]} if what in notes else {}

@@ -1,4 +1,4 @@
-"""The rows of data/: read, lifted to the schema of today, and refused in one line where they cannot be right."""
+"""The rows of data/: read, and refused in one line where they cannot be right."""
 
 import json
 import math
@@ -10,19 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from attnlib.core import Machine, Shape, UserError
-from attnlib.rows import COLUMNS, FIGURES, POINT, SCHEMA, SIZES, STATUSES, lacking
+from attnlib.rows import COLUMNS, FIGURES, ORIGIN, POINT, SCHEMA, SIZES, STATUSES, lacking
 from attnlib.timing.machine import at_power_limit
 from report.published import read
 
 ROOT = Path(__file__).parent.parent
-GONE = ("fa2",)  # variants of older rows: a package that was asked for and never there
 WORDS = ("phase", "reason", "kernel")  # columns in which an empty cell is a text
-OPTIONAL = {"reserved_peak_bytes", "clock_mhz", "power_w", "temperature_c", "kernel"}  # not every device has them
-INTERVALS = (("ratio", "low", "high"), ("of_default", "of_default_low", "of_default_high"))
-# In rows of schema 1 the ends of an interval are percentiles of a bootstrap over five batches. That sees too little
-# spread by sqrt(4/5), and its normal quantile, 2.576, is too small by what Student's t exceeds it, 4.604 (Hesterberg
-# 2015, "What Teachers Should Know About the Bootstrap": expanded percentile intervals)
-WIDER = 4.604 / 2.576 * math.sqrt(5 / 4)
 
 
 def write(path: Path, text: str):
@@ -44,8 +37,8 @@ def devices() -> list[str]:
 def machines(folder: Path) -> dict[str, dict]:
     """The machines that the CSVs of a folder were measured on: `{machine: facts}`, from machine.json.
 
-    Beside a Machine's facts, `dates`, `rows` and `remarks` say for each CSV when it was measured, how many rows it got,
-    what a reader must know. Raises UserError if the folder is none of `devices()`, or the file is damaged."""
+    Beside a Machine's facts, `dates` and `rows` say for each CSV when it was measured and how many rows it got. Raises
+    UserError if the folder is none of `devices()`, or the file is damaged."""
     if folder.name not in devices() or folder.parent != ROOT / "data":
         asked = folder.name if folder.parent == ROOT / "data" else ""
         raise UserError(f"no data for device {asked!r} (there is: {', '.join(devices())})")
@@ -60,25 +53,9 @@ def machines(folder: Path) -> dict[str, dict]:
     raise UserError(f"data/{folder.name}/machine.json is damaged: delete it and measure again")
 
 
-def lifted(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows that tell no schema, the first one, as they would be written now."""
-    if "schema" in rows:
-        return rows
-    for column in ("variant", "first", "second"):
-        if column in rows:
-            rows = rows[~rows[column].isin(GONE)]
-    for middle, low, high in INTERVALS:
-        if {middle, low, high} <= {*rows}:
-            ends = {end: rows[middle] * (rows[end] / rows[middle]) ** WIDER for end in (low, high)}
-            rows = rows.assign(**ends)
-    if {*FIGURES} - OPTIONAL <= {*rows}:
-        rows = rows.assign(**{column: "" if column in WORDS else math.nan for column in OPTIONAL - {*rows}})
-    return rows.assign(schema=SCHEMA)
-
-
 def unsound(rows: pd.DataFrame, numbers: list[str], names: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Rows that cannot be what was written, as line numbers, and why."""
-    for at in rows.index[rows.duplicated([*POINT] if {*COLUMNS} - {"schema"} <= {*rows} else None)]:
+    for at in rows.index[rows.duplicated([*POINT] if {*COLUMNS} <= {*rows} else None)]:
         yield at, "the row is there twice"
     for column in numbers:
         figures = pd.to_numeric(rows[column], errors="coerce")
@@ -103,11 +80,11 @@ def unsound(rows: pd.DataFrame, numbers: list[str], names: Iterable[str]) -> Ite
 
 
 def rows_of(path: Path, numbers: Iterable[str] = (), names: Iterable[str] = ()) -> pd.DataFrame:
-    """The rows of a CSV of data/<device>/, lifted to the schema of today.
+    """The rows of a CSV of data/<device>/.
 
     Raises UserError if it cannot be read, is empty, has other rows than machine.json counts or some that are `unsound`,
-    lacks one of the columns `numbers`, has a variant that is none of `names`, or if it holds rows of more than one
-    machine or torch version, or of a machine that machine.json does not describe."""
+    lacks one of the columns `numbers`, has a variant that is none of `names`, or if it holds rows of another schema, of
+    more than one machine or torch version, or of a machine that machine.json does not describe."""
     known, where, numbers = machines(path.parent), path.relative_to(ROOT), list(numbers)
     try:
         header = pd.read_csv(path, nrows=0).columns
@@ -115,7 +92,7 @@ def rows_of(path: Path, numbers: Iterable[str] = (), names: Iterable[str] = ()) 
         rows = pd.read_csv(path, keep_default_na=False, na_values=blanks)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {where}: {error}") from error
-    if missing := [column for column in ("machine", "torch") if column not in rows]:
+    if missing := [column for column in (*ORIGIN, *numbers) if column not in rows]:
         raise UserError(f"{where} lacks the column(s) {', '.join(missing)}")
     if len(rows.drop_duplicates(["machine", "torch"])) != 1:
         raise UserError(f"{where} is empty, or holds rows of more than one machine or torch")
@@ -124,15 +101,11 @@ def rows_of(path: Path, numbers: Iterable[str] = (), names: Iterable[str] = ()) 
     written = known[machine].get("rows", {}).get(path.stem)
     if written is not None and written != len(rows):
         raise UserError(f"{where} has {len(rows)} row(s) where {written} were written: measure again")
-    if "schema" in rows and {*rows["schema"]} != {SCHEMA}:
+    if {*rows["schema"]} != {SCHEMA}:
         raise UserError(f"{where} has rows of another schema than {SCHEMA}: written by another version of attnlib")
     rows.index = pd.RangeIndex(2, len(rows) + 2)  # the lines of the file
-    known_as_numbers = {*numbers, *(column for interval in INTERVALS for column in interval)} & {*rows}
-    for line, text in unsound(rows, sorted(known_as_numbers), {*names, *GONE} if names else ()):
+    for line, text in unsound(rows, numbers, names):
         raise UserError(f"{where}, line {line}: {text}")
-    rows = lifted(rows)
-    if missing := [column for column in numbers if column not in rows]:
-        raise UserError(f"{where} lacks the column(s) {', '.join(missing)}")
     return rows.reset_index(drop=True)
 
 

@@ -55,18 +55,34 @@ def test_a_frontier_of_linear_memory_is_found_to_a_mebibyte(monkeypatch):
 
 def test_where_a_device_has_not_that_much_free_there_is_no_row(monkeypatch):
     monkeypatch.setattr(frontier, "in_fresh_process", lambda *_: {"fits": None})
+    monkeypatch.setattr(Worker, "call_again", lambda *_, **__: {"fits": None})
     (case,) = frontier.frontier_cases(GIB, ["backward"], [64], variants=PLAIN[:1])
-    assert frontier.search(case, "cuda") == frontier.cell(case, "cuda") == []
+    assert frontier.search(case, "cuda") == frontier.cells([case], "cuda") == []
+
+
+def test_a_grid_is_gone_through_in_one_process_for_each_program_and_width(monkeypatch):
+    """As the published programs did; each cell has its row, in order, and what ran out does not end the grid."""
+    seen = []
+
+    def pretend(worker, _, case, device, **__):
+        seen.append(worker)
+        return {"fits": case.shape.seq_len < 1024, "memory_bytes": case.memory_bytes}
+
+    monkeypatch.setattr(Worker, "call_again", pretend)
+    lengths = (256, 1024, 4096)
+    cases = frontier.frontier_cases(GIB, ["backward"], [16, 64], variants=PLAIN[:2], lengths=lengths)
+    jobs = frontier.grid_jobs(cases, "cuda")
+    rows = [row for job in jobs for row in job.function(*job.arguments)]
+    assert len(jobs) == 4 and len({*seen}) == 4
+    assert [(row["seq_len"], row["fits"]) for row in rows] == [(n, n == 256) for n in lengths] * 4
 
 
 def test_a_job_claims_what_its_processes_may_take():
-    """All of a search's memory; of a single trial what it needs and a pool loses; without a limit, all there is."""
+    """All of a search's memory; of a grid what its largest trial needs and a pool loses; without a limit, all."""
     (case,) = frontier.frontier_cases(64 * GIB, ["backward"], [64], variants=PLAIN[:1], lengths=[256])
-    (searched,), (tried,) = (
-        frontier.frontier_jobs(function, [case], "cuda") for function in (frontier.search, frontier.cell)
-    )
+    (searched,), (tried,) = frontier.search_jobs([case], "cuda"), frontier.grid_jobs([case], "cuda")
     assert searched.claim_bytes == 64 * GIB and GIB < tried.claim_bytes < 2 * GIB and searched.here and tried.here
-    (whole,) = frontier.frontier_jobs(frontier.search, [replace(case, memory_bytes=0)], "cuda")
+    (whole,) = frontier.search_jobs([replace(case, memory_bytes=0)], "cuda")
     assert whole.claim_bytes > 10**15
 
 

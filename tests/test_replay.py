@@ -63,7 +63,7 @@ def test_committed_rows_agree_with_their_laws_on_any_host(monkeypatch):
         name, multi_processor_count, major, minor, total_memory = "another GPU", 108, 7, 5, 2**34
 
     points = [*sdpa_flash_rows()]
-    assert len(points) > 150 and agreeing(points) == len(points)
+    assert len(points) > 100 and agreeing(points) == len(points)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -152,6 +152,7 @@ def executed(copy, monkeypatch):
 
     monkeypatch.setattr(building, "execute", execute)
     monkeypatch.setattr(building, "export", export)
+    monkeypatch.setattr(stored, "at_power_limit", lambda *_: None)  # as it was is not what these tests are about
     given.ran.clear()
     return given
 

@@ -88,19 +88,6 @@ def test_a_machine_stays_described_as_long_as_rows_of_it_are_there(live):
     assert {*json.loads(path.read_text())} == {run.machine.machine, "other"}
 
 
-def test_a_remark_stands_as_long_as_its_rows(live):
-    """On another file being measured it stays, on its own it goes."""
-    (run := live()).collect("others", jobs(1), ["number"])
-    path = stored.ROOT / "data" / run.folder / "machine.json"
-    known = json.loads(path.read_text())
-    known[run.machine.machine]["remarks"] = {"01_others": "older than its method"}
-    path.write_text(json.dumps(known))
-    live().collect("new", jobs(1), ["number"])
-    assert Run("01_test", run.folder, "quick", True).remark("others") == "older than its method"
-    live().collect("others", jobs(2), ["number"])
-    assert Run("01_test", run.folder, "quick", True).remark("others") == ""
-
-
 def test_jobs_without_a_row_leave_no_file(live):
     """Counters that cannot be read, a frontier for which there is no room: a replay finds that there is nothing."""
     run = live()

@@ -12,7 +12,7 @@ from conftest import COMMITTED
 
 from attnlib import FAMILIES
 from attnlib.core import Machine, UserError
-from attnlib.rows import FIGURES, POINT, SCHEMA
+from attnlib.rows import COLUMNS, FIGURES, POINT, SCHEMA
 from report import stored
 from report.run import Run
 from report.skipping import NotMeasured
@@ -86,7 +86,7 @@ def test_a_report_names_each_day_that_its_data_were_measured(h200):
     path = h200 / "machine.json"
     known = json.loads(path.read_text())
     for facts in known.values():
-        facts["dates"] = {"01_naive_sweep": "2026-01-02", "01_options": "2026-01-03"}
+        facts["dates"] = {"01_clocks": "2026-01-02", "01_naive_sweep": "2026-01-02", "01_options": "2026-01-03"}
         facts["date"] = "2026-01-04"
     path.write_text(json.dumps(known))
     assert stored.machine_of("nvidia-h200", "01").date == "2026-01-02 and 2026-01-03"
@@ -103,31 +103,11 @@ def test_the_machine_of_data_is_what_its_record_says(device):
 
 @pytest.mark.parametrize("path", sweeps(), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_committed_points_are_read_with_the_columns_of_today(path):
-    """Whatever schema they were written in, in whatever order of columns: all rows but those of a package that was
-    never there, and every figure as it stands in the file."""
-    raw = pd.read_csv(path)
-    rows = stored.rows_of(path, FIGURES)
-    assert {*FIGURES, "kernel", "schema"} <= {*rows} and (rows["schema"] == SCHEMA).all()
-    kept = raw[raw["variant"] != "fa2"].reset_index(drop=True)
-    assert len(rows) == len(kept) and (rows["variant"] == kept["variant"]).all()
-    for column in (column for column in FIGURES if column in kept):
-        np.testing.assert_array_equal(rows[column], kept[column])
-
-
-@pytest.mark.parametrize(
-    ("name", "middle", "low", "high"),
-    [("03_race", "of_default", "of_default_low", "of_default_high"), ("03_crossover", "ratio", "low", "high")],
-)
-def test_intervals_of_schema_1_are_widened_when_they_are_read(name, middle, low, high):
-    """They were written as a bootstrap over five batches gives them, which sees too little; the middle stays."""
-    path = DATA / "nvidia-h200" / f"{name}.csv"
-    raw, rows = pd.read_csv(path), stored.rows_of(path, [middle, low, high])
-    assert "schema" not in raw, "this file is of schema 1"
-    factor = 4.604 / 2.576 * math.sqrt(5 / 4)
-    kept = raw[raw.filter(["variant", "first", "second"]).ne("fa2").all(axis=1)].reset_index(drop=True)
-    assert (rows[middle] == kept[middle]).all()
-    for end in (low, high):
-        np.testing.assert_allclose(np.log(rows[end] / rows[middle]), factor * np.log(kept[end] / kept[middle]))
+    """All rows, and every figure as it stands in the file."""
+    raw, rows = pd.read_csv(path), stored.rows_of(path, FIGURES)
+    assert {*COLUMNS} == {*rows} and (rows["variant"] == raw["variant"]).all()
+    for column in FIGURES:
+        np.testing.assert_array_equal(rows[column], raw[column])
 
 
 def small(tmp_path, monkeypatch, rows, written, **columns):
@@ -137,14 +117,16 @@ def small(tmp_path, monkeypatch, rows, written, **columns):
     machine = {"machine": "m", "kind": "cpu", "ceilings": {}, "date": "today", "rows": {"03_race": written}}
     (tmp_path / "data" / "x" / "machine.json").write_text(json.dumps({"m": machine}))
     path = tmp_path / "data" / "x" / "03_race.csv"
-    frame = pd.DataFrame({"machine": ["m"] * rows, "torch": "2", "ms": [float(at) for at in range(rows)]})
+    frame = pd.DataFrame(
+        {"machine": ["m"] * rows, "torch": "2", "schema": SCHEMA, "ms": [float(at) for at in range(rows)]}
+    )
     frame.assign(**columns).to_csv(path, index=False)
     return path
 
 
 def test_rows_of_today_are_read_as_they_are(tmp_path, monkeypatch):
     ends = {"ratio": [2.0, 3.0], "low": [1.5, 2.5], "high": [2.5, 4.0]}
-    path = small(tmp_path, monkeypatch, rows=2, written=2, schema=SCHEMA, **ends)
+    path = small(tmp_path, monkeypatch, rows=2, written=2, **ends)
     found = stored.rows_of(path, ["ms", *ends])
     assert {name: found[name].tolist() for name in ends} == ends
 
@@ -181,15 +163,6 @@ def test_a_replay_says_which_rows_are_missing(tmp_path, monkeypatch):
     assert len(run.collect("race", (), ["ms"])) == 4 and run.has("race") and not run.has("crossover")
     with pytest.raises(NotMeasured, match="Not measured on this device yet: .crossover. of chapter 3"):
         run.collect("crossover", (), [])
-
-
-def test_what_a_reader_must_know_of_some_rows_stands_beside_them(tmp_path, monkeypatch):
-    path = small(tmp_path, monkeypatch, rows=1, written=1).with_name("machine.json")
-    machine = json.loads(path.read_text())
-    machine["m"]["remarks"] = {"03_race": "older than its method"}
-    path.write_text(json.dumps(machine))
-    run = Run("03_flash", "x", "full", True)
-    assert (run.remark("race"), run.remark("frontier")) == ("older than its method", "")
 
 
 def test_a_reader_is_told_who_else_used_the_gpu_and_whether_its_power_limit_held_it(tmp_path, monkeypatch):

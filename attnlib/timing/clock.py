@@ -44,15 +44,18 @@ def warm_up(functions: Sequence[Callable], device: str | torch.device) -> float:
 
 def estimate(fn: Callable, device: str | torch.device, budget_s: float) -> tuple[float, float]:
     """Seconds that one call takes, and milliseconds that the host takes to launch it (0 on a CPU): the least of up to
-    WARM_UPS calls, each alone, no more of them once half of `budget_s` is spent, but one at least, on a GPU two."""
+    WARM_UPS calls, each alone, no more of them once half of `budget_s` is spent, but one at least; on a GPU, where the
+    first pays for memory and modules, two, unless it took `budget_s` by itself."""
     on_gpu, taken, launched = torch.device(device).type == "cuda", list[float](), list[float]()
     settle(device)
-    while len(taken) < 1 + on_gpu or (len(taken) < WARM_UPS and sum(taken) < budget_s / 2):
+    while len(taken) < WARM_UPS:
         begun = time.perf_counter()
         fn()
         launched.append(time.perf_counter() - begun)
         settle(device)
         taken.append(time.perf_counter() - begun)
+        if sum(taken) >= budget_s / (1 + (len(taken) > on_gpu)):
+            break
     return min(taken), 1e3 * min(launched) * on_gpu
 
 

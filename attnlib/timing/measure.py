@@ -109,7 +109,7 @@ def measure(
         return row["phase"] != phase
 
     inputs: list[torch.Tensor] = []
-    guesses: dict[str, tuple[float, float]] = {}
+    guesses: dict[str, tuple[float, ...]] = {}
 
     def lay_out() -> dict:
         small = variant.inputs(Shape(1, shape.heads, 16, shape.head_dim, shape.dtype, shape.causal), device)
@@ -121,8 +121,10 @@ def measure(
     if fits("inputs", lay_out) and fits("forward", lambda: seen(*inputs, backward=False)):
         trains = fits("backward", lambda: seen(*inputs, backward=True))
         do = torch.randn_like(inputs[0]) if trains else None
-        for phase in TIMED if trains else TIMED[:1]:
-            fits(phase.removeprefix("forward_"), partial(guess, phase))
+        for phase in PHASES if trains else PHASES[:1]:
+            fits(phase, partial(guess, phase))
+        if len(guesses) == len(PHASES):  # together they take about as long as one after the other
+            guesses["forward_backward"] = tuple(map(sum, zip(*guesses.values(), strict=True)))
         counts = sample_counts({phase: seconds for phase, (seconds, _) in guesses.items()}, budget_s, patience_s)
         for phase in guesses:
             fits(phase.removeprefix("forward_"), partial(time, phase))

@@ -112,18 +112,13 @@ def duel_jobs(
 
 
 def duels(rows: Iterable[Row]) -> list[Row]:
-    """Duels from the rows of their batches: their columns with the medians over the batches, and RATIO.
-
-    Rows that hold the ends of an interval already stay as they are: their batches were not kept."""
+    """Duels from the rows of their batches: their columns with the medians over the batches, and RATIO."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         names = tuple(row[column] for column in (*SIZES, "phase", "first", "second", "run"))
         found.setdefault(names, []).append(row)
     whole = []
     for batches in found.values():
-        if "low" in batches[0]:
-            whole += batches
-            continue
         row = {name: x for name, x in batches[0].items() if name != "batch_of_run"}
         row |= {name: float(np.median([one[name] for one in batches])) for name in ("first_ms", "second_ms")}
         row |= dict(zip(RATIO, interval([one["ratio"] for one in batches]), strict=True))

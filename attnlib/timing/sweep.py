@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def collect(jobs: Sequence[Job], path: Path, machine: Machine, **how: Any) -> in
         kept = Partial(unfinished, machine)
         with kept.file:
             done = kept.done()
-            todo = [job for job in jobs if job.name not in done]
+            todo, begun = [job for job in jobs if job.name not in done], time.monotonic()
             with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=path.stem, disable=lines) as bar:
                 for job, rows in run_jobs(todo, **how):
                     kept.add(job, rows)
@@ -209,7 +210,8 @@ def collect(jobs: Sequence[Job], path: Path, machine: Machine, **how: Any) -> in
                     bar.update()
                     if lines:
                         ends = ", ".join(dict.fromkeys(str(row.get("status", "done")) for row in rows))
-                        print(f"[{path.stem}] {job.name}: {ends}", file=sys.stderr, flush=True)
+                        after = f"after {time.monotonic() - begun:.0f} s"
+                        print(f"[{path.stem}] {job.name}: {ends} {after}", file=sys.stderr, flush=True)
             origin = dict(zip(ORIGIN, (machine.machine, machine.torch, SCHEMA), strict=True))
             found = [row | origin for job in jobs for row in done[job.name]]
             write_csv(path, found)

@@ -15,6 +15,8 @@ from typing import Any
 from attnlib.core import UserError
 
 PRELOADED = ["attnlib.timing.preloaded"]
+# what cuBLAS says before it makes the context that it finds missing, and FlashAttention-4 of each kernel it compiles
+OF_NO_USE = ("Attempting to run cuBLAS", "Argument aux_data")
 
 
 class WorkerDied(Exception):
@@ -30,7 +32,8 @@ def leave_with_parent() -> None:
 def serve(pipe: Connection) -> None:
     """The worker: run what is sent, `(function, arguments)`, and send back `(error or None, result)`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent
-    warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # which makes the context that it finds missing
+    for said in OF_NO_USE:
+        warnings.filterwarnings("ignore", said)
     threading.Thread(target=leave_with_parent, daemon=True).start()
     while True:
         try:
