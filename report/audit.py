@@ -16,7 +16,8 @@ from torch import Tensor
 
 from attnlib.accuracy import RESULTS, results_of
 from attnlib.core import Shape, oracle
-from attnlib.dilated.attention import dilated_reach, dilated_variant
+from attnlib.dilated.attention import dilated_variant
+from attnlib.dilated.definition import dilated_reach
 from attnlib.laws import Variant
 
 

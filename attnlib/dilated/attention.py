@@ -1,59 +1,40 @@
 """LongNet's dilated attention, exact in output and gradients, on strided views: nothing is gathered or scattered.
 
-Branch (w, r) cuts the sequence into segments of w positions. Of each, head j keeps the rows s_j, s_j + r, s_j + 2r, …
-and attends within them; the branches are mixed, for each query and head, by their softmax denominators. That is *one*
-softmax over the multiset union of the keys: dense attention with the bias log(number of branches in which i sees j).
+Its definition (module `definition`) comes to *one* softmax over the multiset union of the keys that its branches show:
+dense attention with the bias log(number of branches in which i sees j). Two things follow. The kept rows of all
+segments, and of heads that start at different rows, are a strided view of the tensors as they are, which a flash kernel
+takes like any other. And each branch's gradients are those of the kernel's own backward pass, called with the *merged*
+output and log-sum-exp: nothing is differentiated through the mixing, and only these two are saved. Tensors are
+`[B, H, N, D]`.
 
-Two things follow. The kept rows of all segments, and of heads that start at different rows, are a strided view of the
-tensors as they are, which a flash kernel takes like any other. And each branch's gradients are those of the kernel's
-own backward pass, called with the *merged* output and log-sum-exp: nothing is differentiated through the mixing, and
-only these two are saved. Tensors are `[B, H, N, D]`.
-Source: Ding et al. 2023, "LongNet: Scaling Transformers to 1,000,000,000 Tokens", sections 2.2 and 2.3."""
+`torch.ops.attnlib.dilated` and `.dilated_backward` are the same two passes as operators that PyTorch's compiler knows.
+Their results are contiguous, as a compiler has to know beforehand; outside of one, results stay as a kernel lays them
+out, and no operator is called."""
 
 import math
-import operator
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnlib.core import Machine, Shape, UserError
+from attnlib.calling import cast, checked, differentiable, folding
+from attnlib.core import Machine, Shape
 from attnlib.dilated import views
+from attnlib.dilated.definition import branches_of, dilated_reach, dilated_reference
 from attnlib.dilated.kernels import Kernel, chosen, kernel_called, workspace_of
 from attnlib.dilated.law import dilated_law, refusal
 from attnlib.dilated.merging import add, merge
 from attnlib.dilated.views import Branches, View
 from attnlib.laws import Phases, Variant
-from attnlib.variants.tiled import check_inputs, one_line
 
-
-def integers(name: str, values: Any) -> tuple[int, ...]:
-    """`values` as positive integers. Raises UserError, in one line, if they are none, or have no order."""
-    try:
-        given = None if isinstance(values, (str, bytes, set, frozenset, dict)) else list(values)
-        found = tuple(operator.index(x) for x in given)
-    except (TypeError, RuntimeError):  # the latter from a tensor without data
-        raise UserError(f"{name} must be a list of positive integers, not {one_line(values)}") from None
-    if bad := [x for x, n in zip(given, found, strict=True) if isinstance(x, bool) or n < 1]:
-        raise UserError(f"{name} must be positive integers, not {one_line(bad[0])}")
-    return found
-
-
-def branches_of(segment_lengths: Any, dilation_rates: Any, head_offsets: Any) -> Branches:
-    """The branches `(w, r)` in the order given. Raises UserError, in one line, for lists that are empty, unequal or not
-    of positive integers, a rate above its segment, or another head_offsets."""
-    widths, rates = integers("segment_lengths", segment_lengths), integers("dilation_rates", dilation_rates)
-    if not widths or len(widths) != len(rates):
-        raise UserError("segment_lengths and dilation_rates must be lists of the same length, and not empty")
-    branches = tuple(zip(widths, rates, strict=True))
-    for width, rate in branches:
-        if rate > width:
-            raise UserError(f"a dilation rate of {rate} exceeds its segment of {width}")
-    if not isinstance(head_offsets, str) or head_offsets not in views.HEAD_OFFSETS:
-        raise UserError(f"head_offsets must be one of {', '.join(views.HEAD_OFFSETS)}, not {one_line(head_offsets)}")
-    return branches
+INPUTS = "Tensor q, Tensor k, Tensor v"
+HOW = "SymInt[] segment_lengths, SymInt[] dilation_rates, bool causal, str head_offsets, str kernel"
+LIBRARY = torch.library.Library("attnlib", "DEF")
+LIBRARY.define(f"dilated({INPUTS}, {HOW}) -> (Tensor, Tensor)")
+LIBRARY.define(f"dilated_backward(Tensor do, {INPUTS}, Tensor o, Tensor lse, {HOW}) -> (Tensor, Tensor, Tensor)")
+DILATED_FORWARD, DILATED_BACKWARD = torch.ops.attnlib.dilated.default, torch.ops.attnlib.dilated_backward.default
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -62,72 +43,104 @@ def in_rows(x: Tensor) -> Tensor:
     return x if apart and x.stride(-1) == 1 else x.contiguous()
 
 
-def dilated_reference(
-    q: Tensor, k: Tensor, v: Tensor, *,
-    segment_lengths: Iterable[int], dilation_rates: Iterable[int], causal: bool = False, head_offsets: str = "modulo",
-) -> Tensor:  # fmt: skip
-    """o `[B, H, N, D]`, as the paper defines it, one segment of one head at a time: to be read, on any device. Its
-    parameters are those of `dilated`. Raises UserError for what `check_inputs` and `branches_of` refuse."""
-    check_inputs(q, k, v, causal)
-    branches = branches_of(segment_lengths, dilation_rates, head_offsets)
-    (heads, seq_len), parts = q.shape[1:3], []
-    for width, rate in branches:
-        o, lse = torch.zeros_like(v), torch.full_like(q[..., 0], -math.inf, dtype=torch.float32)
-        for head in range(heads):
-            for start in range(0, seq_len, width):
-                first = start + views.offset(head, heads, rate, head_offsets)
-                kept = torch.arange(first, max(first, min(start + width, seq_len)), min(rate, seq_len), device=q.device)
-                q_kept, k_kept, v_kept = (x[:, head, kept] for x in (q, k, v))
-                scores = (q_kept @ k_kept.mT * q.shape[-1] ** -0.5).float()
-                if causal:
-                    scores = scores + torch.full_like(scores, -math.inf).triu(1)
-                where = torch.arange(q.shape[0], device=q.device)[:, None], torch.tensor(head, device=q.device), kept
-                o = o.index_put(where, torch.softmax(scores, -1).to(v.dtype) @ v_kept)
-                lse = lse.index_put(where, torch.logsumexp(scores, -1))
-        parts.append((o, lse))
-    o, lse = (torch.stack(part) for part in zip(*parts, strict=True))
-    seen = lse.amax(0) > -math.inf
-    weights = torch.softmax(torch.where(seen, lse, 0.0), dim=0) * seen
-    return (weights.to(v.dtype).unsqueeze(-1) * o).sum(0)
+@lru_cache(256)
+def planned(
+    sizes: torch.Size, dtype: torch.dtype, device: torch.device,
+    widths: Sequence[int], rates: Sequence[int], causal: bool, head_offsets: str, kernel: str,
+) -> tuple[Kernel, bool, list[View], list[View]]:  # fmt: skip
+    """The kernel to call, whether a batch may be folded into the heads, and the views without and with that. Raises
+    UserError for what `branches_of` and `chosen` refuse."""
+    branches = branches_of(widths, rates, head_offsets)
+    batch, heads, seq_len, head_dim = sizes
+    shape = Shape(batch, heads, seq_len, head_dim, str(dtype).removeprefix("torch."), causal)
+    can_fold = views.can_fold_batch_into_heads(batch, heads, rates, head_offsets)
+    folded = views.all_views(1, batch * heads, seq_len, branches, head_offsets) if can_fold else []
+    calls = views.all_views(batch, heads, seq_len, branches, head_offsets)
+    return chosen(kernel or None, shape, device), can_fold, calls, folded
 
 
-class _Dilated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: list[View], causal: bool, kernel: Kernel) -> Tensor:
-        first, *others = calls
-        part, part_lse = kernel.forward(*(first.of(x) for x in (q, k, v)), causal)
-        lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
-        first.of(lse).copy_(part_lse)
-        o = views.scatter_into_zeros(part, first, q)
-        del part, part_lse
-        for view in others:
-            merge(view.of(o), view.of(lse), *kernel.forward(*(view.of(x) for x in (q, k, v)), causal))
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.how = calls, causal, kernel
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Gradients.apply(do, *ctx.saved_tensors, *ctx.how), None, None, None
+def arranged(tensors: Sequence[Tensor], widths: Sequence[int], rates: Sequence[int], *how: Any) -> tuple:
+    """The kernel, its views, and tensors `[B, H, N, D]` in rows, of which the batch is folded into the heads if all of
+    them allow."""
+    like = tensors[0]
+    kernel, fold, calls, folded = planned(like.shape, like.dtype, like.device, tuple(widths), tuple(rates), *how)
+    tensors = [in_rows(x) for x in tensors]
+    if fold and all(x.stride(0) == x.stride(1) * x.shape[1] for x in tensors):
+        return kernel, folded, [x.flatten(0, 1).unsqueeze(0) for x in tensors]
+    return kernel, calls, tensors
 
 
-class _Gradients(torch.autograd.Function):
-    """A function of its own, so that a second derivative raises instead of being silently wrong."""
+def dilated_forward(
+    q: Tensor, k: Tensor, v: Tensor, widths: Sequence[int], rates: Sequence[int], causal: bool, *how: str
+) -> tuple[Tensor, Tensor]:
+    """o and its log-sum-exp."""
+    kernel, (first, *others), inputs = arranged((q, k, v), widths, rates, causal, *how)
+    part, part_lse = kernel.forward(*(first.of(x) for x in inputs), causal)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+    at = lse.view(inputs[0].shape[:3])
+    first.of(at).copy_(part_lse)
+    o = views.scatter_into_zeros(part, first, inputs[0])
+    del part, part_lse
+    for view in others:
+        merge(view.of(o), view.of(at), *kernel.forward(*(view.of(x) for x in inputs), causal))
+    return unfolded(o, q), lse
 
-    @staticmethod
-    def forward(ctx: Any, do: Tensor, *saved_and_how: Any) -> tuple[Tensor, ...]:
-        *saved, (first, *others), causal, kernel = saved_and_how  # saved: q, k, v, o, lse
-        inputs = in_rows(do), *saved
-        grads = list(kernel.backward(*(first.of(x) for x in inputs), causal))
-        for at in range(len(grads)):  # one after the other, each part gone before the next is laid out
-            grads[at] = views.scatter_into_zeros(grads[at], first, saved[0])
-        for view in others:
-            add([view.of(grad) for grad in grads], kernel.backward(*(view.of(x) for x in inputs), causal))
-        return tuple(grads)
 
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise UserError("dilated attention has no second derivative")
+def dilated_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    widths: Sequence[int], rates: Sequence[int], causal: bool, *how: str,
+) -> list[Tensor]:  # fmt: skip
+    """dq, dk, dv: of each branch those of the kernel's own backward pass, called with the merged o and log-sum-exp."""
+    kernel, (first, *others), (do, *inputs, o) = arranged((do, q, k, v, o), widths, rates, causal, *how)
+    inputs = [do, *inputs, o, lse.contiguous().view(o.shape[:3])]
+    grads = list(kernel.backward(*(first.of(x) for x in inputs), causal))
+    for at in range(len(grads)):  # one after the other, each part gone before the next is laid out
+        grads[at] = views.scatter_into_zeros(grads[at], first, inputs[1])
+    for view in others:
+        add([view.of(grad) for grad in grads], kernel.backward(*(view.of(x) for x in inputs), causal))
+    return [unfolded(grad, q) for grad in grads]
+
+
+def unfolded(x: Tensor, like: Tensor) -> Tensor:
+    """x with batch and heads apart, as `like` has them."""
+    return x if x.shape == like.shape else x.squeeze(0).unflatten(0, like.shape[:2])
+
+
+def below_autograd(known: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator without its autograd function, as torch.library's own do it."""
+
+    def call(*given: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return known(*given)
+
+    return call
+
+
+def contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with contiguous results."""
+    return lambda *given: tuple(x.contiguous() for x in function(*given))
+
+
+ATTENTION = differentiable("dilated attention", dilated_forward, dilated_backward)
+KNOWN = differentiable("dilated attention", below_autograd(DILATED_FORWARD), below_autograd(DILATED_BACKWARD))
+for known, function, apply in (
+    (DILATED_FORWARD, dilated_forward, KNOWN.apply),
+    (DILATED_BACKWARD, dilated_backward, KNOWN.gradients.apply),
+):
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(known, contiguous(function), key)
+    LIBRARY.impl(known, apply, "Autograd")
+    torch.library.register_vmap(known, folding(known), lib=LIBRARY)
+
+
+@torch.library.register_fake(DILATED_FORWARD, lib=LIBRARY)
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake(DILATED_BACKWARD, lib=LIBRARY)
+def _(do: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(q.new_empty(q.shape) for _ in range(3))
 
 
 def dilated(
@@ -145,33 +158,21 @@ def dilated(
     kernel: which one of kernels.KERNELS runs underneath; by default the first that takes such inputs.
 
     Saved for the backward pass are the output and one float32 per row and head. A query that no branch keeps gives 0,
-    with gradient 0. Raises UserError as dilated_reference does, and for a kernel that cannot run there."""
-    check_inputs(q, k, v, causal)
+    with gradient 0. float64 is computed by dilated_reference. Raises UserError as that does, and for a kernel that
+    cannot run there; there is no second derivative but in float64."""
+    compiling = torch.compiler.is_compiling()
+    q, k, v = cast(q, k, v) if compiling else checked(q, k, v, causal)
+    if q.dtype == torch.float64 and kernel is None:
+        return dilated_reference(
+            q, k, v,
+            segment_lengths=segment_lengths, dilation_rates=dilation_rates, causal=causal, head_offsets=head_offsets,
+        )  # fmt: skip
+    if compiling:
+        return DILATED_FORWARD(q, k, v, [*segment_lengths], [*dilation_rates], causal, head_offsets, kernel or "")[0]
     branches = branches_of(segment_lengths, dilation_rates, head_offsets)
-    batch, heads, seq_len, head_dim = q.shape
-    shape = Shape(batch, heads, seq_len, head_dim, str(q.dtype).removeprefix("torch."), causal)
-    underneath = chosen(kernel, shape, q.device)
-    q, k, v = (in_rows(x) for x in (q, k, v))
-    fold = views.can_fold_batch_into_heads(batch, heads, [r for _, r in branches], head_offsets)
-    if fold := fold and all(x.stride(0) == x.stride(1) * x.shape[1] for x in (q, k, v)):
-        q, k, v = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
-    o = _Dilated.apply(q, k, v, views.all_views(*q.shape[:3], branches, head_offsets), causal, underneath)
-    return o.squeeze(0).unflatten(0, (batch, heads)) if fold else o
-
-
-def dilated_reach(
-    shape: Shape, *, segment_lengths: Iterable[int], dilation_rates: Iterable[int], head_offsets: str = "modulo"
-) -> Tensor:
-    """`[H, N, N]`: in how many branches query i sees key j."""
-    heads, at = shape.heads, torch.arange(shape.seq_len)
-    counts = torch.zeros(heads, shape.seq_len, shape.seq_len, dtype=torch.float64)
-    for width, rate in zip(segment_lengths, dilation_rates, strict=True):
-        together = (at[:, None] // width) == (at // width)
-        for head in range(heads):
-            after = at % width - views.offset(head, heads, rate, head_offsets)
-            kept = (after >= 0) & (after % rate == 0)
-            counts[head] += together & kept[:, None] & kept
-    return counts.tril() if shape.causal else counts
+    widths, rates = zip(*branches, strict=True)
+    underneath = "" if kernel is None else kernel_called(kernel).name
+    return ATTENTION.apply(q, k, v, widths, rates, causal, head_offsets, underneath)[0]
 
 
 def dilated_flops(per_pair: int, branches: Branches, head_offsets: str, shape: Shape, machine: Machine) -> int:

@@ -1,16 +1,15 @@
 """Plain attention, softmax(QKᵀ/√D)V, in the four ways people write it. All give the same output and gradients.
 
-The softmax is computed in float32 whatever the inputs are, as inside torch.softmax: by hand in a half type its error
-would be more than twice as large. The variants differ in what is alive when: each lists the N×N matrices it keeps for
+The softmax of a half type is computed in float32, as inside torch.softmax: by hand in the half type its error would be
+more than twice as large. The variants differ in what is alive when: each lists the N×N matrices it keeps for
 the backward pass (law.saved), the most it holds at once (the peaks), its operations (flops) and the bytes those move
 (traffic). Tensors are `[B, H, N, D]`. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1."""
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from attnlib.calling import cast, differentiable, wide
 from attnlib.laws import LINEAR, MATMUL, ROWS, SCORES, SCORES32, B, H, Law, N, Phases, Variant, c, g, h
 
 CAST = h * (SCORES + SCORES32)  # traffic of converting one to the other
@@ -29,7 +28,7 @@ def scaled_scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
 
 def naive_custom(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """o `[B, H, N, D]`, with the softmax written by hand: subtract the row maximum, exponentiate, sum, divide."""
-    scores = scaled_scores(q, k, causal).float()
+    scores = wide(scaled_scores(q, k, causal))
     exp = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
     weights = (exp / exp.sum(dim=-1, keepdim=True)).to(v.dtype)
     return weights @ v
@@ -40,28 +39,29 @@ def naive(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     return torch.softmax(scaled_scores(q, k, causal), dim=-1) @ v
 
 
-class _WeightsOnly(torch.autograd.Function):
-    """Keeps q, k, v and the weights P alone; the backward pass is written out, dS = P ∘ (dP − rowsum(dP ∘ P))."""
+def weights_only_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """The output and the weights P."""
+    weights = torch.softmax(scaled_scores(q, k, causal), dim=-1)
+    return weights @ v, weights
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        weights = torch.softmax(scaled_scores(q, k, causal), dim=-1)
-        ctx.save_for_backward(q, k, v, weights)
-        return weights @ v
 
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        dv = weights.transpose(-2, -1) @ do
-        ds = (do @ v.transpose(-2, -1)).float()  # dP, turned into dS in place; where a mask made P = 0, dS is 0 as well
-        ds.sub_((ds * weights).sum(dim=-1, keepdim=True)).mul_(weights).mul_(q.shape[-1] ** -0.5)
-        ds = ds.to(v.dtype)
-        return ds @ k, ds.transpose(-2, -1) @ q, dv, None
+def weights_only_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, by dS = P ∘ (dP − rowsum(dP ∘ P))."""
+    dv = weights.transpose(-2, -1) @ do
+    ds = wide(do @ v.transpose(-2, -1))  # dP, turned into dS in place; where a mask made P = 0, dS is 0 as well
+    ds.sub_((ds * weights).sum(dim=-1, keepdim=True)).mul_(weights).mul_(q.shape[-1] ** -0.5)
+    ds = ds.to(v.dtype)
+    return ds @ k, ds.transpose(-2, -1) @ q, dv
+
+
+WEIGHTS_ONLY = differentiable("naive_weights_only", weights_only_forward, weights_only_backward, keeps_output=False)
 
 
 def naive_weights_only(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """o `[B, H, N, D]`, from an autograd function that keeps only the attention weights beside q, k, v."""
-    return _WeightsOnly.apply(q, k, v, causal)
+    return WEIGHTS_ONLY.apply(*cast(q, k, v), causal)[0]
 
 
 def naive_recompute(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:

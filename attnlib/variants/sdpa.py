@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attnlib.calling import cast
 from attnlib.core import Machine, UserError
 from attnlib.laws import MATMUL, Law, Phases, Variant
 from attnlib.variants import sdpa_laws as known
@@ -39,7 +40,7 @@ def sdpa_default(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Te
 
 def fa4(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """o `[B, H, N, D]`, by the package flash-attn-4 (FlashAttention-4). Raises UserError where it is not installed."""
-    rows = (x.transpose(1, 2) for x in (q, k, v))
+    rows = (x.transpose(1, 2) for x in cast(q, k, v))
     return known.fa4_interface().flash_attn_func(*rows, causal=causal)[0].transpose(1, 2)
 
 

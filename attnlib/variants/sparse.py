@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnlib.calling import cast
 from attnlib.core import DTYPES, Device, Machine, Shape, UserError, needs_cuda
 from attnlib.laws import Phases, Variant
 
@@ -73,7 +74,7 @@ def sparse_attention(pattern: Pattern, number: int, q: Tensor, k: Tensor, v: Ten
     """o `[B, H, N, D]` over the keys that `pattern` lets each query see. Raises UserError where it cannot run."""
     if not q.is_cuda:
         raise UserError("FlexAttention has a backward pass on a CUDA GPU alone")
-    return compiled_flex()(q, k, v, block_mask=block_mask(pattern, number, q.shape[2], causal, str(q.device)))
+    return compiled_flex()(*cast(q, k, v), block_mask=block_mask(pattern, number, q.shape[2], causal, str(q.device)))
 
 
 def sparse_inputs(

@@ -1,20 +1,22 @@
 """FlashAttention-2 written out in plain PyTorch, to be read: attention by tiles, without an N×N matrix.
 
 Only one tile of the scores exists at a time. Forward keeps the output and each query's log-sum-exp of its scores, from
-which backward computes each tile again, all in float32. Tensors are `[B, H, N, D]`, rows of them `[B·H, block_q, D]`.
+which backward computes each tile again, all in float32 (float64 in float64). Tensors are `[B, H, N, D]`, rows of them
+`[B·H, block_q, D]`.
 Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; the recurrence is that of Milakov and Gimelshein 2018,
 "Online normalizer calculation for softmax"."""
 
 # ruff: noqa: E741 (O is the paper's name for the output)
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from sympy import Min, Piecewise, ceiling
 from torch import Tensor
 
-from attnlib.core import DTYPES, UserError
+from attnlib.calling import checked, differentiable, wide
+from attnlib.core import UserError
 from attnlib.laws import LINEAR, LINEAR32, ROWS, B, D, H, Law, N, Phases, Variant, c, h
 
 TILE = 1024  # queries and keys in a tile: enough for an operation on it to be worth its launch
@@ -46,12 +48,12 @@ def take_in(q: Tensor, k: Tensor, v: Tensor, m: Tensor, ell: Tensor, O: Tensor, 
 
 def forward_rows(tiles: Tiles, causal: bool, first_query: int, q: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a block of queries, over those tiles (first_key, k, v) that they see."""
-    q = q.float()
+    q = wide(q)
     m = q.new_full((*q.shape[:-1], 1), float("-inf"))
     ell, O = torch.zeros_like(m), torch.zeros_like(q)
     for first_key, k, v in tiles:
         if not causal or first_key < first_query + q.shape[-2]:
-            take_in(q, k.float(), v.float(), m, ell, O, (first_query, first_key, causal))
+            take_in(q, wide(k), wide(v), m, ell, O, (first_query, first_key, causal))
     return O.div_(ell), m.add_(ell.log_())
 
 
@@ -71,11 +73,11 @@ def backward_rows(
     tiles: Tiles, causal: bool, first_query: int, q: Tensor, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor
 ) -> None:
     """Add to the gradients what comes from a block of queries, over the tiles (first_key, k, v, dk, dv)."""
-    q, do = q.float(), do.float()
+    q, do = wide(q), wide(do)
     delta = (do * o).sum(dim=-1, keepdim=True)  # rowsum(dO ∘ O) is rowsum(dP ∘ P)
     for first_key, k, v, dk, dv in tiles:
         if not causal or first_key < first_query + q.shape[-2]:
-            add_gradients(q, k.float(), v.float(), lse, delta, do, dq, dk, dv, (first_query, first_key, causal))
+            add_gradients(q, wide(k), wide(v), lse, delta, do, dq, dk, dv, (first_query, first_key, causal))
 
 
 def _blocks(size: int, *tensors: Tensor) -> list[tuple[Any, ...]]:
@@ -83,56 +85,39 @@ def _blocks(size: int, *tensors: Tensor) -> list[tuple[Any, ...]]:
     return list(zip(range(0, tensors[0].shape[-2], size), *parts, strict=True))
 
 
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, block_q: int, block_k: int) -> Tensor:
-        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty((*q.shape[:-1], 1), dtype=torch.float32, device=q.device)
-        tiles = _blocks(block_k, k, v)
-        for first_query, qi, oi, lsei in _blocks(block_q, q, o, lse):
-            found = forward_rows(tiles, causal, first_query, qi)
-            oi.copy_(found[0]), lsei.copy_(found[1])
-            del found
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.tiling = causal, block_q, block_k
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v, o, lse), (causal, block_q, block_k) = ctx.saved_tensors, ctx.tiling
-        dq, dk, dv = grads = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
-        tiles = _blocks(block_k, k, v, dk, dv)
-        for rows in _blocks(block_q, q, o, lse, do, dq):
-            backward_rows(tiles, causal, *rows)
-        return *(grad.to(q.dtype) for grad in grads), None, None, None
+def forward_tiles(q: Tensor, k: Tensor, v: Tensor, causal: bool, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp."""
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = wide(torch.empty((*q.shape[:-1], 1), dtype=q.dtype, device=q.device))
+    tiles = _blocks(block_k, k, v)
+    for first_query, qi, oi, lsei in _blocks(block_q, q, o, lse):
+        found = forward_rows(tiles, causal, first_query, qi)
+        oi.copy_(found[0]), lsei.copy_(found[1])
+        del found
+    return o, lse
 
 
-def one_line(value: object) -> str:
-    """What a value prints as, cut short."""
-    return " ".join(repr(value).split())[:80]
+def backward_tiles(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, block_q: int, block_k: int
+) -> Iterator[Tensor]:
+    """dq, dk, dv."""
+    dq, dk, dv = grads = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v)]
+    tiles = _blocks(block_k, k, v, dk, dv)
+    for rows in _blocks(block_q, q, o, lse, do, dq):
+        backward_rows(tiles, causal, *rows)
+    return (grad.to(q.dtype) for grad in grads)
 
 
-def check_inputs(q: Any, k: Any, v: Any, causal: Any) -> None:
-    """Raise UserError, in one line, unless q, k and v are alike in shape, dtype and device, plain floating-point
-    tensors `[B, H, N, D]`, and causal is a bool."""
-    if not all(isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested for x in (q, k, v)):
-        raise UserError("q, k and v must be tensors, neither sparse nor nested")
-    if len({(x.shape, x.dtype, x.device) for x in (q, k, v)}) > 1:
-        raise UserError("q, k and v must have the same shape, dtype and device")
-    if q.dim() != 4 or not all(q.shape) or q.dtype not in (*DTYPES.values(), torch.float64):
-        wanted = "floating-point of 16 bits or more, [B, H, N, D] with no size zero"
-        raise UserError(f"q, k and v must be {wanted}, not {q.dtype} {list(q.shape)}")
-    if not isinstance(causal, bool):
-        raise UserError(f"causal must be True or False, not {one_line(causal)}")
+TILED_ATTENTION = differentiable("tiled attention", forward_tiles, backward_tiles)
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, block_q: int = TILE, block_k: int = TILE) -> Tensor:
     """o `[B, H, N, D]`; memory grows with N, not with its square. block_q, block_k: queries and keys in a tile. Raises
-    UserError for a block that is no positive integer, and for what `check_inputs` refuses."""
-    check_inputs(q, k, v, causal)
+    UserError for a block that is no positive integer, and for what `checked` refuses."""
+    q, k, v = checked(q, k, v, causal)
     if not all(type(block) is int and block > 0 for block in (block_q, block_k)):
         raise UserError(f"block_q and block_k must be positive integers, not {block_q!r} and {block_k!r}")
-    return _Tiled.apply(q, k, v, causal, block_q, block_k)
+    return TILED_ATTENTION.apply(q, k, v, causal, block_q, block_k)[0]
 
 
 SIDE = Min(N, TILE)  # of the largest tile

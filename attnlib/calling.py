@@ -1,0 +1,129 @@
+"""What functions of our own share with PyTorch's when they are called: checks, autocast's rule, gradients.
+
+Inputs are q, k, v `[B, H, N, D]`."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnlib.core import DTYPES, UserError
+
+
+def one_line(value: object) -> str:
+    """What a value prints as, cut short."""
+    return " ".join(repr(value).split())[:80]
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for x's kind of device."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as PyTorch's fused attention takes them: under autocast in its type, but for float64 and integers."""
+    if not autocasting(tensors[0]):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def checked(q: Any, k: Any, v: Any, causal: Any) -> tuple[Tensor, ...]:
+    """q, k, v, `cast`. Raises UserError, in one line, unless they are then alike in shape, dtype and device, plain
+    floating-point tensors `[B, H, N, D]`, and causal is a bool."""
+    if not all(isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested for x in (q, k, v)):
+        raise UserError("q, k and v must be tensors, neither sparse nor nested")
+    q, k, v = cast(q, k, v)
+    if not all(x.shape == q.shape and x.dtype == q.dtype and x.device == q.device for x in (k, v)):
+        raise UserError("q, k and v must have the same shape, dtype and device")
+    if q.dim() != 4 or not all(q.shape) or q.dtype not in (*DTYPES.values(), torch.float64):
+        wanted = "floating-point of 16 bits or more, [B, H, N, D] with no size zero"
+        raise UserError(f"q, k and v must be {wanted}, not {q.dtype} {list(q.shape)}")
+    if not isinstance(causal, bool):
+        raise UserError(f"causal must be True or False, not {one_line(causal)}")
+    return q, k, v
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, in which a half type is computed; itself where it is that already, or float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast off for x's kind of device: inside, types are what the function makes them."""
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
+
+
+def folding(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.vmap's rule for a function of tensors whose first axis is a batch: one more axis is a larger batch."""
+
+    def rule(info: Any, in_dims: tuple, *given: Any) -> tuple[Any, Any]:
+        def whole(x: Any, at: int | None) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return (x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
+
+        found = function(*map(whole, given, in_dims))
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0,) * len(found)
+
+    return rule
+
+
+def differentiable(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], keeps_output: bool = True
+) -> Any:
+    """Attention called `name` with a backward pass of its own: a class with `apply(q, k, v, *how)`, for torch.autograd,
+    and with `gradients.apply`, which can be differentiated no further.
+
+    forward: `(q, k, v, *how)` -> o and other tensors for the backward pass. backward: `(do, q, k, v, o, *others, *how)`
+    -> dq, dk, dv; it does without o unless `keeps_output`. Both run without autocast, and their tensors may have any
+    strides: hooks on saved tensors may change them. `apply` returns what `forward` does, of which only o has a
+    gradient. A second derivative raises UserError. torch.func.grad takes it, and torch.vmap, as a larger batch."""
+
+    class Gradients(torch.autograd.Function):
+        """A function of its own, so that a second derivative raises instead of being silently wrong."""
+
+        @staticmethod
+        def forward(do: Tensor, *saved: Any) -> Any:
+            with without_autocast(do):
+                return tuple(backward(do, *saved))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> None:
+            raise UserError(f"{name} has no second derivative")
+
+        @staticmethod
+        def vmap(*how: Any) -> Any:
+            return folding(Gradients.apply)(*how)
+
+    class Attention(torch.autograd.Function):
+        gradients = Gradients
+
+        @staticmethod
+        def forward(q: Tensor, *how: Any) -> Any:
+            with without_autocast(q):
+                return tuple(forward(q, *how))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.save_for_backward(*inputs[:3], *output[not keeps_output :])
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)  # of what has none
+            ctx.how = inputs[3:]
+
+        @staticmethod
+        def backward(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+            grads = (None,) * 3 if do is None else Gradients.apply(do, *ctx.saved_tensors, *ctx.how)
+            return *grads, *(None for _ in ctx.how)
+
+        @staticmethod
+        def vmap(*how: Any) -> Any:
+            return folding(Attention.apply)(*how)
+
+    return Attention
