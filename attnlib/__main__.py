@@ -5,7 +5,7 @@ import sys
 from typing import NoReturn
 
 from attnlib import VARIANTS, variant
-from attnlib.core import DTYPES, Machine, Shape, UserError
+from attnlib.core import DTYPES, Machine, UserError
 from attnlib.memory import check, fit
 from attnlib.timing.machine import resolve
 from attnlib.timing.room import memory_free
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None, program: str = "python -m attnlib")
         if given.command == "check":
             return run_check(given.seed, given.count, resolve(given.device))
         use = "inference" if given.inference else "training"
-        shape = Shape(given.batch, given.heads, 1, given.head_dim, given.dtype, given.causal)
+        shape = {name: getattr(given, name) for name in ("batch", "heads", "head_dim", "dtype", "causal")}
         print(fit.explain(variant(given.variant), shape, fit.nbytes(given.memory), use, given.device, VARIANTS))
     except (UserError, WorkerDied) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import sympy
 import torch
 
-from attnlib.core import Device, Machine, Shape, dense_reach, needs_dtype
+from attnlib.core import Device, Machine, Shape, UserError, dense_reach, needs_dtype
 
 # B batch, H heads, N sequence length, D head dimension, e bytes per element; c is 1 with a causal mask and 0 without;
 # g is 1 on a CUDA GPU and 0 on the CPU, whose kernels take other workspaces; h is 1 for bfloat16 and float16, which
@@ -27,6 +27,7 @@ ROWS = 4 * B * H * N  # one float32 per row
 MATMUL = 2 * B * H * N**2 * D  # floating-point operations of QKᵀ, of PV and of each of their gradients
 
 ACCOUNTS = ("saved", "forward_peak", "backward_peak")
+USES = {"inference": "forward", "training": "backward"}  # what it is for, and the phase with which that ends
 
 # a number of bytes or operations: a formula in the symbols above, or, where there is none to print, a function
 Formula: TypeAlias = sympy.Expr | Callable[[Shape, Machine], int]
@@ -133,10 +134,18 @@ def law_of(variant: Variant, shape: Shape, machine: Device = "cpu") -> Law | Non
     return None if law is None or law.unknown(shape, Machine.of(machine)) else law
 
 
+def peaks_until(phase: str) -> tuple[str, ...]:
+    """The ACCOUNTS that decide what fits when a pass ends with `phase`: "forward", which is "inference", or "backward",
+    which is "training". Raises UserError for any other word."""
+    peaks = {"forward": ACCOUNTS[1:2], "backward": ACCOUNTS[1:]}
+    if (known := USES.get(phase, phase)) not in peaks:
+        raise UserError(f"phase must be one of {', '.join((*peaks, *USES))}, not {phase!r}")
+    return peaks[known]
+
+
 def bytes_needed(variant: Variant, shape: Shape, machine: Device, phase: str = "backward") -> int:
-    """Bytes that a forward pass, or a forward and a backward pass, need at once: the inputs and the highest peak."""
-    peaks = ("forward_peak", "backward_peak")[: 1 if phase == "forward" else 2]
-    return shape.input_bytes + max(variant.law.bytes(peak, shape, machine) for peak in peaks)
+    """Bytes that are needed at once, the inputs and the highest peak; phase: see `peaks_until`."""
+    return shape.input_bytes + max(variant.law.bytes(peak, shape, machine) for peak in peaks_until(phase))
 
 
 def useful_flops(shape: Shape, phase: str) -> int:

@@ -8,9 +8,8 @@ import sympy
 
 from attnlib import variant
 from attnlib.core import Machine, Shape
-from attnlib.laws import ACCOUNTS, B, D, H, N, Variant, c, e, g, h, law_of
+from attnlib.laws import ACCOUNTS, B, D, H, N, Variant, c, e, g, h, law_of, peaks_until
 from attnlib.memory import check
-from attnlib.memory.fit import PEAKS
 from attnlib.rows import POINT, is_missing, shape_of
 from attnlib.timing.floor import floor
 
@@ -65,7 +64,7 @@ def solutions(variant: Variant, shape: Shape, phase: str, machine: Machine) -> d
     values = {B: shape.batch, H: shape.heads, D: shape.head_dim, e: shape.element_size, N: LENGTH}
     values |= {c: int(shape.causal), g: int(not machine.is_cpu), h: int(shape.dtype != "float32")}
     found = {}
-    for operation, terms in (moment for peak in PEAKS[phase] for moment in variant.law.moments(peak).items()):
+    for operation, terms in (moment for peak in peaks_until(phase) for moment in variant.law.moments(peak).items()):
         total = sympy.Add(3 * B * H * N * D * e, *terms.values()).subs(values)
         found[operation] = max(sympy.solve(total - M, LENGTH), key=lambda root: root.subs(M, 2**60))
     return found

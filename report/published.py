@@ -19,6 +19,9 @@ from attnlib.laws import LINEAR, SCORES, B, D, H, N, Terms, e, evaluate
 from attnlib.rows import SIZES
 
 TERMS: Terms = {"L": LINEAR, "S": SCORES, "M": N**2, "R": e * B * H * N, "P": e * D**2, "W": sympy.Integer(8_519_680)}
+# of a fixed size and small, so that only a table whose digits resolve 512 bytes can tell how many there were
+FIXED: Terms = {"A": sympy.Integer(512), "X": sympy.Integer(2**25)}
+EVERY = TERMS | FIXED
 MEANING = {
     "L": "a tensor like Q",
     "S": "an N×N matrix for each head",
@@ -26,6 +29,8 @@ MEANING = {
     "R": "a number for each query, such as its maximum",
     "P": "a D×D projection",
     "W": "a cuBLAS workspace, before Hopper",
+    "A": "a block of the CUDA allocator, of the smallest size",
+    "X": "a cuBLAS workspace, on Hopper",
 }
 
 SHAPE = SIZES[:-1]  # no published table has a mask
@@ -41,7 +46,7 @@ def read(path: Path, *figures: str) -> pd.DataFrame:
     one of `figures`, has a damaged shape, or has text, or nothing though status is ok, in a column of times or memory.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
             columns = reader.fieldnames or []
             lines = [(reader.line_num, row) for row in reader]
@@ -82,11 +87,20 @@ def _sizes(rows: pd.DataFrame, column: str, terms: Terms) -> tuple[pd.DataFrame,
     return rows, unit, {name: np.array(nbytes, dtype=object) for name, nbytes in evaluated.items()}
 
 
-def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: Terms = TERMS) -> list[dict[str, int]]:
+def terms_for(rows: pd.DataFrame, column: str) -> Terms:
+    """TERMS, and FIXED where half a last digit of every figure of `column` is less than their smallest. Raises
+    UserError if there are no figures."""
+    rows, unit, _ = _sizes(rows, column, {})
+    return EVERY if max(unit / 10 ** _decimals(figure) for figure in rows[column]) < 512 else TERMS
+
+
+def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: Terms | None = None) -> list[dict[str, int]]:
     """Every choice of 0 to `limit` of each term that prints all figures of `column`, the fewest tensors first.
 
-    rows: from `read`; terms: `{name: bytes}`, positive formulas in the symbols of laws. The arithmetic is exact: 22.3
-    MiB are 22.25 to 22.35 MiB, both included. Raises UserError if there are no figures."""
+    rows: from `read`; terms: `{name: bytes}`, positive formulas in the symbols of laws, else `terms_for` the column;
+    of FIXED a form names those it has. The arithmetic is exact: 22.3 MiB are 22.25 to 22.35 MiB, both included. Raises
+    UserError if there are no figures."""
+    terms, own = terms or terms_for(rows, column), terms is not None
     rows, unit, sizes = _sizes(rows, column, terms)
     exact = np.array([Fraction(figure) for figure in rows[column]])
     half = np.array([Fraction(1, 2 * 10 ** _decimals(figure)) for figure in rows[column]])
@@ -96,7 +110,7 @@ def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: Terms 
     def choose(chosen: dict, least: np.ndarray, most: np.ndarray):
         """Add to `found` every completion of `chosen` by `least` to `most` bytes in each row."""
         if len(chosen) == len(order):
-            found.append({name: chosen[name] for name in terms})
+            found.append({name: chosen[name] for name in terms if own or chosen[name] or name not in FIXED})
             return
         name, *others = order[len(chosen) :]
         rest = limit * sum(sizes[other] for other in others)
@@ -121,12 +135,12 @@ def dependencies(rows: pd.DataFrame, column: str, terms: Terms = TERMS) -> list[
     return found
 
 
-def reproduce(rows: pd.DataFrame, column: str, form: dict[str, int], terms: Terms = TERMS) -> pd.DataFrame:
+def reproduce(rows: pd.DataFrame, column: str, form: dict[str, int], terms: Terms = EVERY) -> pd.DataFrame:
     """Each figure of `column` beside what `form`, from `closed_forms`, prints at its precision, ties to even as Python.
 
-    Columns: the shape's, `published` and `derived`, both text, and `equal`. Raises UserError if there are no figures.
-    """
-    rows, unit, sizes = _sizes(rows, column, terms)
+    Columns: the shape's, `published` and `derived`, both text, and `equal`. Raises UserError if there are no figures,
+    or for a form with a name that is none of `terms`."""
+    rows, unit, sizes = _sizes(rows, column, known_in(terms, form))
     derived = []
     for figure, nbytes in zip(rows[column], sum(count * sizes[name] for name, count in form.items()), strict=True):
         digits = round(Fraction(nbytes, unit) * 10 ** _decimals(figure))
@@ -135,7 +149,16 @@ def reproduce(rows: pd.DataFrame, column: str, form: dict[str, int], terms: Term
     return table.assign(equal=table["published"] == table["derived"])
 
 
-def beyond(form: dict[str, int], listed: dict[str, int], shape: Shape) -> dict[str, int]:
-    """What a closed form has that a report's own list has not: `{count × meaning: bytes}` at `shape`."""
+def beyond(form: dict[str, int], listed: dict[str, int], shape: Shape, terms: Terms = EVERY) -> dict[str, int]:
+    """What a closed form has that a report's own list has not: `{count × meaning: bytes}` at `shape`; a term without a
+    MEANING goes by its name. Raises UserError for a form with a name that is none of `terms`."""
     more = {name: count - listed.get(name, 0) for name, count in form.items() if count > listed.get(name, 0)}
-    return {f"{count} × {MEANING[name]}": count * evaluate(TERMS[name], shape, NOWHERE) for name, count in more.items()}
+    sizes = {name: evaluate(term, shape, NOWHERE) for name, term in known_in(terms, more).items()}
+    return {f"{count} × {MEANING.get(name, name)}": count * sizes[name] for name, count in more.items()}
+
+
+def known_in(terms: Terms, form: dict[str, int]) -> Terms:
+    """Those of `terms` that a form names. Raises UserError for any other name."""
+    if unknown := [name for name in form if name not in terms]:
+        raise UserError(f"no term is called {', '.join(unknown)}: hand over the terms that the form was found with")
+    return {name: terms[name] for name in form}

@@ -9,7 +9,7 @@ import torch
 from attnlib import FAMILIES, VARIANTS, family
 from attnlib.__main__ import main
 from attnlib.core import PHASES, Machine, Shape, UserError
-from attnlib.laws import ACCOUNTS, bytes_needed
+from attnlib.laws import ACCOUNTS, USES, bytes_needed
 from attnlib.memory import check, fit
 from attnlib.memory.ledger import Ledger, ledger, reached
 from attnlib.timing.room import memory_free
@@ -192,3 +192,23 @@ def test_check_reports_a_mismatch_and_exits_1(capsys, monkeypatch):
     *texts, last = capsys.readouterr().out.splitlines()
     wrong, of = (int(number) for number in re.search(r"for (\d+) of (\d+)", last).groups())
     assert len(texts) == of - wrong == 6 and all(text.startswith("naive Shape(") for text in texts)
+
+
+def test_what_fits_is_asked_for_by_a_use_or_a_phase_and_without_a_length():
+    """Of sizes without N, as on the command line; any other word is refused in one line."""
+    sizes, naive = {"batch": 8, "heads": 1, "head_dim": 64}, VARIANTS["naive"]
+    for use, phase in USES.items():
+        found = {
+            fit.largest_seq_len(naive, one, GIB, word, "cuda")
+            for one in (sizes, Shape(8, 1, 9, 64))
+            for word in (use, phase)
+        }
+        assert len(found) == 1
+        assert f"largest N: {found.pop():,}" in fit.explain(naive, sizes, GIB, use, "cuda", VARIANTS)
+    for call in (
+        lambda: fit.largest_seq_len(naive, sizes, GIB, "Training", "cuda"),
+        lambda: fit.contents(naive, Shape(8, 1, 9, 64), "both", "cuda"),
+        lambda: fit.explain(naive, sizes, GIB, "backward", "cuda", VARIANTS),
+    ):
+        with pytest.raises(UserError, match=r"^[^\n]*training, not '\w+'$"):
+            call()

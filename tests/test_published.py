@@ -9,7 +9,7 @@ import pytest
 from attnlib.core import Shape, UserError
 from attnlib.laws import evaluate
 from attnlib.rows import SIZES
-from report.published import MEANING, TERMS, closed_forms, dependencies, read, reproduce
+from report.published import EVERY, MEANING, TERMS, beyond, closed_forms, dependencies, read, reproduce, terms_for
 
 PUBLISHED = Path(__file__).parent.parent / "data" / "published"
 GTX, CPU, A800 = (PUBLISHED / f"{name}_naive_sweep.csv" for name in ("000_gtx1080", "001_cpu", "002_a800"))
@@ -149,8 +149,41 @@ def test_without_figures_there_is_nothing_to_fit(tmp_path, column, call, table):
         call(read(tmp_path / "empty.csv"), column)
 
 
+@pytest.mark.parametrize(("gpu", "workspaces", "figures"), [("h100", {"X": 2}, 9), ("rtx3090", {"W": 2}, 8)])
+def test_one_program_on_two_gpus_differs_by_its_workspaces(gpu, workspaces, figures):
+    """Digits that resolve the allocator's smallest block leave one form for each column, of the same tensors."""
+    rows = read(PUBLISHED / f"cs336_{gpu}_memory.csv")
+    for column, form in ((MIB, {"L": 4, "S": 1, "A": 1}), ("peak_memory_mib", {"L": 5, "S": 4, "A": 2})):
+        assert closed_forms(rows, column) == [dict.fromkeys(TERMS, 0) | form | workspaces]
+        assert reproduce(rows, column, form | workspaces)["equal"].sum() == figures
+
+
+def test_terms_of_a_fixed_size_are_tried_where_digits_resolve_them():
+    """Else they would fill whatever rounding leaves: report 002 would have thirteen forms instead of one."""
+    rows = read(A800)
+    assert terms_for(rows, MIB) == TERMS and len(closed_forms(rows, MIB, terms=EVERY)) == 13
+
+
+def test_terms_of_ones_own_are_reproduced_and_named(tmp_path):
+    (tmp_path / "own.csv").write_text(f"{HEADER}\n2,1,256,128,float32,2.25,ok\n")
+    rows, own = read(tmp_path / "own.csv"), {"tile": TERMS["L"], "L": TERMS["L"] * 2}
+    form = {"tile": 1, "L": 4}
+    assert form in closed_forms(rows, "memory_mib", 9, own)
+    assert reproduce(rows, "memory_mib", form, own)["equal"].all()
+    assert beyond(form, {"L": 3}, rows["shape"][0], own) == {"1 × tile": 2**18, "1 × a tensor like Q": 2**19}
+    for call in (lambda: reproduce(rows, "memory_mib", form), lambda: beyond(form, {}, rows["shape"][0])):
+        with pytest.raises(UserError, match="no term is called tile"):
+            call()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
+    (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert closed_forms(read(tmp_path / "bom.csv"), "memory_mib")
+
+
 def test_every_term_has_a_meaning_and_every_file_is_sound():
-    assert TERMS.keys() == MEANING.keys()
+    assert EVERY.keys() == MEANING.keys()
     for path in PUBLISHED.glob("*.csv"):
-        phases = ["forward_ms"] + ["backward_ms"] * ("dilated" not in path.name)  # report 004 has no backward pass
+        timed = "cs336" not in path.name  # of which memory alone is taken
+        phases = ["forward_ms"] * timed + ["backward_ms"] * (timed and "dilated" not in path.name)  # 004: forward alone
         assert set(SIZES[:5]) < set(read(path, *phases))

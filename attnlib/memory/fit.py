@@ -5,13 +5,12 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any, TypeAlias
 
 from attnlib.core import Device, Machine, Shape, UserError, dense_reach
-from attnlib.laws import Variant, bytes_needed, law_of
+from attnlib.laws import USES, Variant, bytes_needed, law_of, peaks_until
 
 MULTIPLES = {"B": 1} | {f"{p}{i}B": b**n for i, b in (("", 1000), ("i", 1024)) for n, p in enumerate("KMGTP", 1)}
-USES = {"inference": "forward", "training": "backward"}
-PEAKS = {"forward": ("forward_peak",), "backward": ("forward_peak", "backward_peak")}  # decide what fits by its end
 LONGEST = 10**12  # nobody's sequence; keeps the search finite
 
 
@@ -25,13 +24,16 @@ def nbytes(text: str) -> int:
     return int(size)
 
 
-def at_length(shape: Shape, seq_len: int) -> Shape:
-    """The same shape with another sequence length."""
-    return replace(shape, seq_len=seq_len)
+Sized: TypeAlias = Shape | Mapping[str, Any]  # a Shape, whatever its N, or all that it is made of but its N
 
 
-def largest_seq_len(variant: Variant, shape: Shape, memory_bytes: int, phase: str, machine: Device) -> int:
-    """The largest N at which `bytes_needed` is at most `memory_bytes`, whatever N `shape` has; 0 if not even 1 fits."""
+def at_length(shape: Sized, seq_len: int) -> Shape:
+    """The Shape of that sequence length. Raises UserError as Shape does."""
+    return replace(shape, seq_len=seq_len) if isinstance(shape, Shape) else Shape(seq_len=seq_len, **shape)
+
+
+def largest_seq_len(variant: Variant, shape: Sized, memory_bytes: int, phase: str, machine: Device) -> int:
+    """The largest N at which `bytes_needed` is at most `memory_bytes`; 0 if not even 1 fits."""
     machine = Machine.of(machine)
     needed = lambda n: bytes_needed(variant, at_length(shape, n), machine, phase)  # noqa: E731
     return bisect_right(range(1, LONGEST), memory_bytes, key=needed)
@@ -39,42 +41,44 @@ def largest_seq_len(variant: Variant, shape: Shape, memory_bytes: int, phase: st
 
 def contents(variant: Variant, shape: Shape, phase: str, machine: Device) -> tuple[str, dict[str, int]]:
     """The operation at which most is needed, and what is alive then, `{term: bytes}`, the inputs first."""
-    moments = [variant.law.at(peak, shape, machine) for peak in PEAKS[phase]]
+    moments = [variant.law.at(peak, shape, machine) for peak in peaks_until(phase)]
     operation, terms = max(moments, key=lambda moment: sum(moment[1].values()))
     return operation, {"q, k, v": shape.input_bytes, **terms}
 
 
-def options(shape: Shape, memory_bytes: int, machine: Device, variants: Mapping[str, Variant]) -> list[dict]:
+def options(shape: Sized, memory_bytes: int, machine: Device, variants: Mapping[str, Variant]) -> list[dict]:
     """`variant, inference, training`: the largest N of each dense variant that has a law and takes such shapes. (What
     is not dense looks at less in steps of N, so that it has no one largest N, and is no substitute for a dense one.)"""
     machine, two = Machine.of(machine), at_length(shape, 2)
     return [
-        {"variant": v.name} | {use: largest_seq_len(v, shape, memory_bytes, USES[use], machine) for use in USES}
+        {"variant": v.name} | {use: largest_seq_len(v, shape, memory_bytes, use, machine) for use in USES}
         for v in variants.values()
         if v.reach is dense_reach and law_of(v, two, machine) and not v.needs(two, machine)
     ]
 
 
 def explain(
-    variant: Variant, shape: Shape, memory_bytes: int, use: str, machine: Device, variants: Mapping[str, Variant]
+    variant: Variant, shape: Sized, memory_bytes: int, use: str, machine: Device, variants: Mapping[str, Variant]
 ) -> str:
     """What fits, in words and a table: the largest N, what fills the memory there, and who of `variants` gets further.
 
-    use: "inference" or "training". Inference is a forward pass that still records a graph; under torch.no_grad a little
-    more may fit. Raises UserError for a variant that has no law or no one largest N, or does not take such shapes."""
-    machine, two, phase, name = Machine.of(machine), at_length(shape, 2), USES[use], variant.name
+    use: one of USES. Inference is a forward pass that still records a graph; under torch.no_grad a little more may fit.
+    Raises UserError for another use, and for a variant that lacks a law or one largest N, or does not take such shapes."""
+    if use not in USES:
+        raise UserError(f"use must be {' or '.join(USES)}, not {use!r}")
+    machine, two, name = Machine.of(machine), at_length(shape, 2), variant.name
     if not variant.law:
         raise UserError(f"{name} has no law: what it needs depends on what runs underneath")
     if variant.reach is not dense_reach:
         raise UserError(f"{name} looks at less, in steps of N: a longer sequence can need less memory")
     if reason := variant.needs(two, machine) or variant.law.unknown(two, machine):
         raise UserError(f"{name} cannot run there: {reason}")
-    mask = ", causal" if shape.causal else ""
-    about = f"{name}, batch {shape.batch}, heads {shape.heads}, head_dim {shape.head_dim}, {shape.dtype}{mask}"
+    mask = ", causal" if two.causal else ""
+    about = f"{name}, batch {two.batch}, heads {two.heads}, head_dim {two.head_dim}, {two.dtype}{mask}"
     about = f"{about}, {use} on {machine.kind}, {memory_bytes / 2**30:,.4g} GiB for tensors"
-    if not (longest := largest_seq_len(variant, shape, memory_bytes, phase, machine)):
+    if not (longest := largest_seq_len(variant, shape, memory_bytes, use, machine)):
         return f"{about}: not even N = 1 fits"
-    operation, terms = contents(variant, at_length(shape, longest), phase, machine)
+    operation, terms = contents(variant, at_length(shape, longest), use, machine)
     total = sum(terms.values())
     lines = [about, f"largest N: {longest:,}", f"what fills the memory there, at {operation}:"]
     lines += [f"  {size / 2**20:12,.2f} MiB {size / total:6.1%}  {term}" for term, size in terms.items()]
