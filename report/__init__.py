@@ -2,6 +2,14 @@
 
 import os
 from multiprocessing import forkserver
+from pathlib import Path
+
+try:
+    Path.home()
+except RuntimeError:  # a container's user without a name: Jupyter, matplotlib and PyTorch's compiler want a home
+    home = Path(__file__).parent.parent / "build" / "home"
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"HOME": str(home), "LOGNAME": "nobody"}
 
 if "ATTNLIB_MEASURES" in os.environ:  # set by report.build: a worker's imports go on beside the notebook's own
     forkserver.set_forkserver_preload(["attnlib.timing.preloaded"])

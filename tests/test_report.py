@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -457,3 +459,17 @@ def test_bad_input_gets_one_line_and_touches_nothing(copy, build, arguments):
     before = sorted(path for path in copy.rglob("*") if "__pycache__" not in path.parts)
     assert is_one_line_error(*build(*arguments))
     assert [path for path in sorted(copy.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+def test_a_user_without_a_name_or_a_home_has_a_report():
+    """As in a container that is run under some number: what Jupyter, matplotlib and compilers ask for is there."""
+    code = """
+import pwd
+def getpwuid(uid): raise KeyError(uid)
+pwd.getpwuid = getpwuid
+import report.build, getpass, pathlib
+print(pathlib.Path.home().name, getpass.getuser())
+"""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "home nobody\n", "")

@@ -63,7 +63,7 @@ def explain(
     """What fits, in words and a table: the largest N, what fills the memory there, and who of `variants` gets further.
 
     use: one of USES. Inference is a forward pass that still records a graph; under torch.no_grad a little more may fit.
-    Raises UserError for another use, and for a variant that lacks a law or one largest N, or does not take such shapes."""
+    Raises UserError for another use, and for a variant without a law or one largest N, or that takes no such shapes."""
     if use not in USES:
         raise UserError(f"use must be {' or '.join(USES)}, not {use!r}")
     machine, two, name = Machine.of(machine), at_length(shape, 2), variant.name
