@@ -67,11 +67,14 @@ def errors_over_naive(rows: pd.DataFrame, name: str, dtype: str) -> tuple[float,
     return over.min(axis=None), over.max(axis=None)
 
 
-def duelled(run: Run, name: str, pairs: Sequence[tuple[Variant, Variant, Shape, str]], budget_s: float) -> pd.DataFrame:
+def duelled(
+    run: Run, name: str, pairs: Sequence[tuple[Variant, Variant, Shape, str]], budget_s: float, users: bool = False
+) -> pd.DataFrame:
     """The duels of `(first, second, shape, phase)`, see timing.race.duels, from the rows called `name`: two runs whose
-    batches have processes of their own, or, in the quick profile, one run in a single process."""
-    numbers, brief = ("first_ms", "second_ms", "ratio", "rounds", "run"), run.profile.suffix != ""
-    jobs = () if run.replay else duel_jobs(pairs, run.device, budget_s, runs=1 if brief else 2, apart=not brief)
+    batches have processes of their own, or, in the quick profile and on the `users` clock, one run in a single one."""
+    numbers, brief = ("first_ms", "second_ms", "ratio", "rounds", "run"), users or run.profile.suffix != ""
+    how = {"runs": 1 if brief else 2, "apart": not brief, "users": users}
+    jobs = () if run.replay else duel_jobs(pairs, run.device, budget_s, **how)
     rows = run.collect(name, jobs, numbers)
     return pd.DataFrame(duels(rows.to_dict("records")))
 

@@ -98,7 +98,7 @@ def test_each_batch_of_a_duel_has_a_process_of_its_own():
     processes = [job.process for job in jobs]
     assert len(jobs) == len({job.name for job in jobs}) == 20 and len({*processes}) == 2 * BATCHES
     assert processes == sorted(processes), "a process is not left and entered again"
-    assert [job.arguments[-1] for job in jobs] == [0.01 / BATCHES] * 20
+    assert [job.arguments[-2:] for job in jobs] == [(0.01 / BATCHES, False)] * 20
 
 
 def test_a_batch_of_a_duel_is_a_row(worker):
@@ -108,6 +108,13 @@ def test_a_batch_of_a_duel_is_a_row(worker):
         "naive", "sdpa_math", "backward", 1, 3
     )  # fmt: skip
     assert row["first_ms"] > 0 and row["second_ms"] > 0 and 0 < row["ratio"] < math.inf and 3 <= row["rounds"] <= 50
+
+
+def test_a_duel_may_be_timed_as_a_user_waits(monkeypatch):
+    """Each call alone, in turns, and on no other clock."""
+    monkeypatch.setattr(races, "milliseconds", None)
+    row = races.duel_batch(NAIVE, MATH, SHAPE, "backward", 1, 0, "cpu", 0.01, users=True)
+    assert row["rounds"] >= 3 and row["first_ms"] > 0 and 0 < row["ratio"] < math.inf
 
 
 def test_a_phase_that_is_none_is_refused():

@@ -84,25 +84,35 @@ def queue(
     return marks
 
 
+def taking_turns(count: int, rounds: int) -> list[tuple[int, int]]:
+    """`(round, which)` of `count` functions that take turns, in an order drawn for each round."""
+    order, turns = list(range(count)), list[tuple[int, int]]()
+    for turn in range(rounds):
+        random.Random(turn).shuffle(order)
+        turns += [(turn, which) for which in order]
+    return turns
+
+
+def milliseconds_alone(functions: Sequence[Callable], rounds: int, device: str | torch.device) -> np.ndarray:
+    """`[rounds, len(functions)]`: each call's time on the user's clock, made of an idle device and waited for, the
+    functions `taking_turns`."""
+    times = np.zeros((rounds, len(functions)))
+    for turn, which in taking_turns(len(functions), rounds):
+        times[turn, which] = in_a_row(functions[which], device, 1)
+    return times
+
+
 def milliseconds(
     functions: Sequence[Callable], rounds: int, device: str | torch.device, wait_ms: float = 0.5
 ) -> np.ndarray:
-    """`[rounds, len(functions)]`: each call's time, the functions taking turns in an order drawn for each round.
+    """`[rounds, len(functions)]`: each call's time on the device's clock, the functions `taking_turns`.
 
     On CUDA each call is queued behind a kernel that waits for `wait_ms`. What the host launches in that time runs at
     the device's pace alone; what takes longer to launch does not. Raises torch.OutOfMemoryError where the calls do not
     fit beside FEWEST_CACHE_BYTES."""
-    times, order = np.zeros((rounds, len(functions))), list(range(len(functions)))
-    turns: list[tuple[int, int]] = []
-    for turn in range(rounds):
-        random.Random(turn).shuffle(order)
-        turns += [(turn, which) for which in order]
     if torch.device(device).type == "cpu":
-        for turn, which in turns:
-            begun = time.perf_counter_ns()
-            functions[which]()
-            times[turn, which] = (time.perf_counter_ns() - begun) / 1e6
-        return times
+        return milliseconds_alone(functions, rounds, device)
+    times, turns = np.zeros((rounds, len(functions))), taking_turns(len(functions), rounds)
     marks, cache_bytes = None, CACHE_BYTES
     while marks is None:
         try:
@@ -137,7 +147,7 @@ def in_a_row(fn: Callable, device: str | torch.device, calls: int) -> float:
 
 def alone(fn: Callable, device: str | torch.device, passes: int) -> list[float]:
     """Milliseconds on the user's clock of `passes` calls, each made of an idle device and waited for."""
-    return [in_a_row(fn, device, 1) for _ in range(passes)]
+    return milliseconds_alone([fn], passes, device)[:, 0].tolist()
 
 
 def graphed(fn: Callable, device: str | torch.device) -> Callable[[], None]:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -25,6 +26,7 @@ from attnlib.timing.clock import (
     in_a_row,
     longest_kernel,
     milliseconds,
+    milliseconds_alone,
     time_passes,
     warm_up,
 )
@@ -52,18 +54,20 @@ def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -
 
 
 def batch(
-    entries: Sequence[tuple[Variant, Shape]], device: str, phase: str, seed: int, budget_s: float, *others: Callable
-) -> np.ndarray:
+    entries: Sequence[tuple[Variant, Shape]], device: str, phase: str, seed: int, budget_s: float, *others: Callable,
+    users: bool = False,
+) -> np.ndarray:  # fmt: skip
     """`[rounds, contestants]` milliseconds: the functions `others` and `passes` of each `(variant, shape)`, in turns.
 
-    As many rounds as fit in `budget_s` seconds, from 3 to 50. Each call waits twice as long as the host takes to launch
-    the slowest of them: the device's time is compared."""
+    As many rounds as fit in `budget_s` seconds, from 3 to 50. On the device's clock each call waits twice as long as
+    the host takes to launch the slowest of them; on the `users` clock it is made alone."""
     contestants = [*others, *(passes(variant, shape, device, phase, seed) for variant, shape in entries)]
     wait_ms = 2 * warm_up(contestants, device)
+    timed = partial(milliseconds_alone, contestants) if users else partial(milliseconds, contestants, wait_ms=wait_ms)
     begun = time.perf_counter()
-    times = milliseconds(contestants, 2, device, wait_ms)
+    times = timed(rounds=2, device=device)
     rounds = min(50, max(3, int(2 * budget_s / (time.perf_counter() - begun))))
-    return np.concatenate([times, milliseconds(contestants, rounds - 2, device, wait_ms)])
+    return np.concatenate([times, timed(rounds=rounds - 2, device=device)])
 
 
 def interval(medians: Sequence[float]) -> tuple[float, float, float]:
@@ -83,11 +87,12 @@ def ratio(times: Sequence[np.ndarray], first: int, second: int) -> dict[str, flo
 
 
 def duel_batch(
-    first: Variant, second: Variant, shape: Shape, phase: str, run: int, seed: int, device: str, budget_s: float
-) -> Row:
+    first: Variant, second: Variant, shape: Shape, phase: str, run: int, seed: int, device: str, budget_s: float,
+    users: bool = False,
+) -> Row:  # fmt: skip
     """One batch of a duel: the shape's columns, `phase, first, second`, their median times `first_ms, second_ms`,
     `ratio`, the median of the ratios of calls made in the same round, `rounds`, `run` and `batch_of_run`."""
-    times = batch([(first, shape), (second, shape)], device, phase, seed, budget_s)
+    times = batch([(first, shape), (second, shape)], device, phase, seed, budget_s, users=users)
     first_ms, second_ms = np.median(times, axis=0).tolist()
     row = {**shape.columns(), "phase": phase, "first": first.name, "second": second.name, "first_ms": first_ms}
     row |= {"second_ms": second_ms, "ratio": float(np.median(times[:, 0] / times[:, 1]))}
@@ -100,14 +105,17 @@ def duel_jobs(
     budget_s: float,
     runs: int = 2,
     apart: bool = True,
+    users: bool = False,
 ) -> list[Job]:
     """`duel_batch` for each `(first, second, shape, phase)`, BATCHES times in each of `runs`, in processes of their own
-    if `apart`."""
+    if `apart`, by the device's clock or by the `users`."""
     jobs = []
     for run, seed, (first, second, shape, phase) in product(range(1, runs + 1), range(BATCHES), pairs):
         name = f"run {run}, batch {seed}: {first.name} against {point_name(second, shape)} {phase}"
-        arguments = (first, second, shape, phase, run, seed, device, budget_s / BATCHES)
-        jobs.append(Job(name, duel_batch, arguments, process=(run, seed) if apart else None))
+        arguments = (first, second, shape, phase, run, seed, device, budget_s / BATCHES, users)
+        # never where a profiler has run, which may make launches slower from then on
+        process = (run, seed) if apart else "alone" if users else None
+        jobs.append(Job(name, duel_batch, arguments, process=process))
     return jobs
 
 
@@ -146,8 +154,7 @@ def by_each_clock(variant: Variant, shape: Shape, phase: str, device: str) -> Ro
 
 
 def clock_jobs(variant: Variant, shapes: Iterable[Shape], device: str, apart: bool = False) -> list[Job]:
-    """`by_each_clock` of each shape, forward, and forward and backward; `apart` where a profiler has run in the worker,
-    which may make launches slower from then on."""
+    """`by_each_clock` of each shape, forward, and forward and backward; `apart` if a profiler has run in the worker."""
     todo = product(shapes, ("forward", "forward_backward"))
     names = {(one, phase): f"{point_name(variant, one)} {phase}" for one, phase in todo}
     return [
