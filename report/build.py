@@ -34,8 +34,9 @@ EXPECTED_MINUTES = {("cuda", "full"): 26, ("cuda", "quick"): 3, ("cpu", "full"):
 TIMED_ON = {"cuda": "an H200", "cpu": "two CPU cores"}  # what these minutes are of
 
 
-def claims_of(out: Path) -> list[dict]:
-    """The claims that the notebooks made, in their order, which are written to claims.csv as well."""
+def claims_of(out: Path) -> tuple[list[dict], list[str]]:
+    """The claims that the notebooks made, in their order, which are written to claims.csv as well; and a sentence for
+    each cell that failed."""
     found = []
     for path in sorted((out / "notebooks").glob("*.claims")):
         for line in path.read_text("utf-8").splitlines():
@@ -44,8 +45,9 @@ def claims_of(out: Path) -> list[dict]:
             except ValueError:  # the last line of a kernel that was killed while it wrote
                 continue
     columns = ["notebook", "kind", "claim", "expected", "measured", "holds"]
-    write(out / "claims.csv", pd.DataFrame(found, columns=columns).to_csv(index=False))
-    return found
+    claims, errors = ([one for one in found if (one["kind"] == "error") == wrong] for wrong in (False, True))
+    write(out / "claims.csv", pd.DataFrame(claims, columns=columns).to_csv(index=False))
+    return claims, [f"chapter {int(one['notebook'][:2])}: {one['claim']}" for one in errors]
 
 
 def expectation(machine: Machine, parameters: dict, only: str) -> str:
@@ -97,15 +99,16 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
         if reason:
             stopped.append(f"chapter {int(number)} stopped before its end: {reason}")
         print(f"{notebook.name} {'stopped' if reason else 'done'} in {time.monotonic() - begun:.0f} s", flush=True)
-    fallen = [law for law in claims_of(out) if law["kind"] == "law" and not law["holds"]]
+    claims, failed = claims_of(out)
+    fallen = [law for law in claims if law["kind"] == "law" and not law["holds"]]
     told = "chapter {}: {claim} (expected {expected}, measured {measured})"
     broken = [told.format(int(law["notebook"][:2]), **law) for law in fallen]
     notices = [("broken", f"**Broken law**, {plain(text)}") for text in broken]
     notices += [
         ("notice", plain(text[0].upper() + text[1:]))
-        for text in (*stopped, *missing, *stored.notes_of(folder, machine))
+        for text in (*stopped, *failed, *missing, *stored.notes_of(folder, machine))
     ]
-    wrong = [f"broken law, {text}" for text in broken] + stopped
+    wrong = [f"broken law, {text}" for text in broken] + stopped + failed
     if lacking := [name for name in ("pypandoc", "typst") if not importlib.util.find_spec(name)]:
         print(f"measured, not exported: this Python lacks {', '.join(lacking)}; elsewhere: make replay DEVICE={folder}")
         return wrong, missing

@@ -7,7 +7,7 @@ import pandas as pd
 import sympy
 
 from attnlib import variant
-from attnlib.core import Machine, Shape
+from attnlib.core import PHASES, Machine, Shape
 from attnlib.laws import ACCOUNTS, B, D, H, N, Variant, c, e, g, h, law_of, peaks_until
 from attnlib.memory import check
 from attnlib.rows import POINT, is_missing, shape_of
@@ -32,7 +32,8 @@ def with_laws(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
 def with_floors(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
     """Rows of a sweep with each point's floor and regime, of forward and backward."""
     found = [floor(variant(row["variant"]), shape_of(row), machine) for row in rows.to_dict("records")]
-    return rows.join(pd.DataFrame(found, index=rows.index))
+    columns = [f"{phase}_{whose}" for phase in PHASES for whose in ("floor_ms", "user_floor_ms", "regime")]
+    return rows.join(pd.DataFrame(found, index=rows.index, columns=columns))
 
 
 def booked(cases: Sequence[tuple[Variant, Shape]], machine: Machine, seen: pd.DataFrame | None = None) -> pd.DataFrame:

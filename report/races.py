@@ -131,17 +131,19 @@ def crossovers(cells: pd.DataFrame):
     return table(pd.DataFrame(found))
 
 
-def reproduced(run: Run, rows: pd.DataFrame, cells: pd.DataFrame) -> None:
-    """Observe on how many crossovers, and single ratios, the second run of duels lies in the interval of the first."""
+def reproduced(run: Run, rows: pd.DataFrame, cells: pd.DataFrame) -> bool:
+    """Observe on how many crossovers, and single ratios, the second run of duels lies in the interval of the first;
+    whether on all crossovers, of which nothing is known if there was one run."""
     one, two = (cells[cells["run"] == number].reset_index() for number in (1, 2))
     if two.empty:
         say("There was one run, in one process: how well it repeats is not known.")
-        return
+        return True
     same = int(((one["low"] <= two["seq_len"]) & (two["seq_len"] <= one["high"])).sum())
     text = f"crossovers of {len(one)} that the second run finds within the first's interval"
-    run.observe(text, same, least=len(one), form="d")
+    found = run.observe(text, same, least=len(one), form="d")
     ratios, again = inside(rows)
     say(f"Of the single ratios, {again} of {ratios} lie in the first run's interval the second time.")
+    return found
 
 
 def inside(rows: pd.DataFrame) -> tuple[int, int]:

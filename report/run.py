@@ -61,7 +61,7 @@ class Run:
 
     def __init__(self, notebook, device="auto", profile_name="full", replay=False, *, anew=False):
         self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
-        self.skipping = Skipping()
+        self.skipping = Skipping(self._failed)
         self.skipping.install()
         if replay:
             self.folder, self.machine = device, stored.machine_of(device, notebook[:2])
@@ -184,10 +184,19 @@ class Run:
         self.claims.append(
             {"kind": kind, "claim": text, "expected": str(expected), "measured": str(measured), "holds": holds}
         )
+        self._keep(self.claims[-1])
+        return holds
+
+    def _failed(self, text: str) -> bool:
+        """Keep for a build that a cell failed; False if there is none."""
+        return self._keep({"kind": "error", "claim": text})
+
+    def _keep(self, record: dict) -> bool:
+        """Write a record for the build, where there is one."""
         if path := os.environ.get(CLAIMS):
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.claims[-1]) + "\n")
-        return holds
+                file.write(json.dumps(record) + "\n")
+        return bool(path)
 
     def _must_have(self, name: str):
         """Raise NotMeasured where a replay has no rows of that name."""

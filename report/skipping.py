@@ -1,10 +1,12 @@
 """Cells that need rows which a device lacks are left out, with a word in their place, and so are those that need them.
 
 So data that are older than an experiment still make a report, and what needs a GPU may stand in a notebook that runs on
-a CPU. It works the same by papermill and by hand: a Run rewrites each cell before it is executed."""
+a CPU. A Run rewrites each cell before it is executed. In a build a cell that fails is left out as well, and noted."""
 
 import ast
 import dis
+from collections.abc import Callable
+from textwrap import shorten
 from types import CodeType
 
 from IPython import get_ipython
@@ -35,7 +37,8 @@ def names(code: CodeType) -> tuple[set[str], set[str]]:
 class Skipping(ast.NodeTransformer):
     """What was left out so far; as one of IPython's `ast_transformers`, it rewrites each cell."""
 
-    def __init__(self):
+    def __init__(self, note: Callable[[str], bool]):
+        self.note = note  # takes the text of an error: whether it is noted for a build, or else to be raised
         self.missing: dict[str, str] = {}  # the names that cells left out would have made, and why they were
         self.told = ""  # the reason that was told last, if every cell since was left out for it
 
@@ -58,7 +61,7 @@ class Skipping(ast.NodeTransformer):
         self.told = ""
         for name in made:
             self.missing.pop(name, None)
-        if "run" not in needed:
+        if not tree.body:
             return tree
         *body, last = tree.body
         if isinstance(last, ast.Expr):
@@ -75,11 +78,17 @@ class Skipping(ast.NodeTransformer):
             display(value)
 
     def left_out(self, error: Exception, made: list[str]):
-        """Say why, in place of what the cell makes. Raises any other error as it came."""
-        if not isinstance(error, NotMeasured):
+        """Say why, in place of what the cell makes. Raises an error as it came where there is no build to note it."""
+        text = " ".join(str(error).split())
+        why = (
+            text
+            if isinstance(error, NotMeasured)
+            else shorten(f"This part failed: {type(error).__name__}: {text}", 300)
+        )
+        if not isinstance(error, NotMeasured) and not self.note(why):
             raise error
-        self.missing |= dict.fromkeys(made, str(error))
-        self.tell(str(error))
+        self.missing |= dict.fromkeys(made, why)
+        self.tell(why)
 
     def tell(self, why: str):
         """Say why something is missing, in its place."""

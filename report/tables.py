@@ -19,7 +19,9 @@ def table(frame: pd.DataFrame, formats: Mapping | None = None) -> Styler:
 
 
 def size(nbytes: float) -> str:
-    """Bytes in the largest unit that leaves a number of at least one: "64 MiB"."""
+    """Bytes in the largest unit that leaves a number of at least one: "64 MiB"; a dash for NaN."""
+    if math.isnan(nbytes):
+        return NO_FIGURE
     for unit in ("bytes", "KiB", "MiB"):
         if nbytes < 1024:
             return f"{nbytes:.3g} {unit}"

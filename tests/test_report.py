@@ -249,8 +249,11 @@ def test_publish_keeps_nothing_of_a_report_that_lacks_a_chapter(copy, build, exe
 def test_a_line_that_a_killed_kernel_left_unfinished_is_no_claim(tmp_path):
     (tmp_path / "notebooks").mkdir()
     whole = json.dumps(claim("whole", True))
-    (tmp_path / "notebooks" / "01_test.claims").write_text(f"{whole}\n{whole[:20]}")
-    assert [found["claim"] for found in building.claims_of(tmp_path)] == ["whole"]
+    error = json.dumps({"kind": "error", "claim": "This part failed: x"})
+    (tmp_path / "notebooks" / "01_test.claims").write_text(f"{whole}\n{error}\n{whole[:20]}")
+    claims, errors = building.claims_of(tmp_path)
+    assert [found["claim"] for found in claims] == ["whole"] and errors == ["chapter 1: This part failed: x"]
+    assert pd.read_csv(tmp_path / "claims.csv")["claim"].tolist() == ["whole"]
 
 
 def test_kernels_repeat_no_line_on_stderr():

@@ -11,7 +11,8 @@ from report.skipping import NotMeasured, Skipping, names
 @pytest.fixture
 def execute(monkeypatch):
     """Execute cells as a notebook does that has a `run`; what they show is kept in `execute.shown`."""
-    shown, rewrite = [], Skipping()
+    shown, noted = [], []
+    rewrite = Skipping(lambda text: bool(noted.append(text) if execute.built else None) or execute.built)
     monkeypatch.setattr(skipping, "display", lambda value: shown.append(getattr(value, "data", value)))
 
     class Run:
@@ -27,8 +28,20 @@ def execute(monkeypatch):
         exec(compile(rewrite.visit(ast.parse(source)), "cell", "exec"), space)
         return space
 
-    execute.shown, execute.missing = shown, rewrite.missing
+    execute.shown, execute.missing, execute.noted, execute.built = shown, rewrite.missing, noted, False
     return execute
+
+
+def test_a_cell_that_fails_is_noted_in_a_build_and_raises_by_hand(execute):
+    """What needs it is left out, what does not goes on."""
+    with pytest.raises(KeyError):
+        execute("one = {}['two']")
+    execute.built = True
+    execute("one = {}['two']")
+    execute("one + 1")
+    assert execute("three = 3")["three"] == 3
+    why = "This part failed: KeyError: 'two'"
+    assert execute.noted == [why] and execute.shown == [f"::: notice\n{why}\n:::"]
 
 
 def test_what_depends_on_missing_rows_is_left_out_and_nothing_else(execute):

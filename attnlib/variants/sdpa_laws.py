@@ -51,7 +51,7 @@ def needs_fa4(shape: Shape, machine: Device) -> str | None:
     missing = None if "flash-attn-4" in Machine.of(machine).packages else NO_FA4
     wide = shape.head_dim % 8 or shape.head_dim > 256
     refused = "FlashAttention-4 takes head_dim in multiples of 8 up to 256" if wide else None
-    return missing or needs_cuda(shape, machine, HALF, (9, 0), "FlashAttention-4") or refused
+    return needs_cuda(shape, machine, HALF, (9, 0), "FlashAttention-4") or missing or refused
 
 
 def fa4_interface() -> ModuleType:
