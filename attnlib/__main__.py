@@ -1,6 +1,7 @@
 """Hold the laws against what a device does, or ask them what fits."""
 
 import argparse
+import io
 import sys
 from typing import NoReturn
 
@@ -56,6 +57,8 @@ def main(arguments: list[str] | None = None, program: str = "python -m attnlib")
     fits.add_argument("--causal", action="store_true")
     fits.add_argument("--inference", action="store_true", help="forward pass alone")
     fits.add_argument("--device", default="cuda", help="cpu, cuda, cuda:1: whose kernels; it need not be there")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter gets a mark in its place
+        sys.stdout.reconfigure(errors="replace")
     try:
         given = parser.parse_args(arguments)
         if given.command == "check":
@@ -63,9 +66,12 @@ def main(arguments: list[str] | None = None, program: str = "python -m attnlib")
         use = "inference" if given.inference else "training"
         shape = {name: getattr(given, name) for name in ("batch", "heads", "head_dim", "dtype", "causal")}
         print(fit.explain(variant(given.variant), shape, fit.nbytes(given.memory), use, given.device, VARIANTS))
-    except (UserError, WorkerDied) as error:
+        sys.stdout.flush()
+    except (UserError, WorkerDied, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

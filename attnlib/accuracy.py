@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnlib.calling import ordinary
 from attnlib.core import DTYPES, Shape, oracle
 from attnlib.laws import Variant
 
@@ -138,6 +139,7 @@ def reference_squares(task: Task, product: Callable[[Tensor, Tensor], Tensor]) -
     return [error_squares(task, partial(attention, recompute=again)) for again in (False, True)]
 
 
+@ordinary()
 def compared(variant: Variant, shape: Shape, device: str | torch.device, draws: int = 2) -> dict:
     """For each of RESULTS the relative error `<result>_error` (Frobenius norm of the difference from the oracle over
     the oracle's), and `<result>_of_reference`: that error over that of the least accurate of the references, or over

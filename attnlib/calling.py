@@ -3,8 +3,8 @@
 Inputs are q, k, v `[B, H, N, D]`."""
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,19 +31,32 @@ def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
+def refuse_unlike(*tensors: Tensor) -> None:
+    """Raise UserError, in one line, unless tensors that come with q are as it is, `[B, H, N, D]` of one dtype."""
+    first, *others = tensors
+    if not all(x.shape == first.shape and x.dtype == first.dtype and x.device == first.device for x in others):
+        raise UserError("q, k and v must have the same shape, dtype and device")
+    if first.dim() != 4 or first.dtype not in (*DTYPES.values(), torch.float64):
+        wanted = "floating-point of 16 bits or more, [B, H, N, D] with no size zero"
+        raise UserError(f"q, k and v must be {wanted}, not {first.dtype} {list(first.shape)}")
+
+
+def refuse_causal(causal: Any) -> None:
+    """Raise UserError, in one line, unless causal is a bool."""
+    if not isinstance(causal, bool):
+        raise UserError(f"causal must be True or False, not {one_line(causal)}")
+
+
 def checked(q: Any, k: Any, v: Any, causal: Any) -> tuple[Tensor, ...]:
     """q, k, v, `cast`. Raises UserError, in one line, unless they are then alike in shape, dtype and device, plain
     floating-point tensors `[B, H, N, D]`, and causal is a bool."""
     if not all(isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested for x in (q, k, v)):
         raise UserError("q, k and v must be tensors, neither sparse nor nested")
     q, k, v = cast(q, k, v)
-    if not all(x.shape == q.shape and x.dtype == q.dtype and x.device == q.device for x in (k, v)):
-        raise UserError("q, k and v must have the same shape, dtype and device")
-    if q.dim() != 4 or not all(q.shape) or q.dtype not in (*DTYPES.values(), torch.float64):
-        wanted = "floating-point of 16 bits or more, [B, H, N, D] with no size zero"
-        raise UserError(f"q, k and v must be {wanted}, not {q.dtype} {list(q.shape)}")
-    if not isinstance(causal, bool):
-        raise UserError(f"causal must be True or False, not {one_line(causal)}")
+    refuse_unlike(q, k, v)
+    if not q.numel():
+        raise UserError(f"q, k and v must be [B, H, N, D] with no size zero, not {list(q.shape)}")
+    refuse_causal(causal)
     return q, k, v
 
 
@@ -55,6 +68,15 @@ def wide(x: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Autocast off for x's kind of device: inside, types are what the function makes them."""
     return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
+
+
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Gradients are recorded and autocast is off, whatever mode the caller is in: so that what is measured is what was
+    asked for."""
+    cpu, cuda = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
+    with torch.inference_mode(False), torch.enable_grad(), cpu, cuda:
+        yield
 
 
 def folding(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,7 +41,7 @@ class Shape:
             if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
                 raise UserError(f"{name} must be a positive integer, not {size!r}")
             object.__setattr__(self, name, int(size))
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if not isinstance(self.causal, (bool, np.bool_)):
             raise UserError(f"causal must be True or False, not {self.causal!r}")
@@ -117,7 +117,7 @@ class Machine:
         is taken for an H100. Raises UserError for what is neither a CPU nor a CUDA GPU."""
         if isinstance(device, Machine):
             return device
-        if not re.fullmatch(r"cpu(:0)?|cuda(:\d+)?", str(device)):
+        if not re.fullmatch(r"cpu(:0)?|cuda(:(0|[1-9][0-9]*))?", str(device)):
             raise UserError(f"device must be cpu, cuda or cuda:<index>, not {str(device)!r}")
         found, threads = torch.device(device), torch.get_num_threads()
         if found.type == "cpu":

@@ -1,5 +1,7 @@
 """Attention called as PyTorch's own is: differentiated twice, under autocast, by compilers, transforms and hooks."""
 
+import subprocess
+import sys
 import warnings
 from functools import partial
 
@@ -8,12 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 from attnlib import VARIANTS
+from attnlib.accuracy import compared
 from attnlib.calling import checked, wide
 from attnlib.core import Shape, UserError, oracle
 from attnlib.dilated import dilated, dilated_reference
 from attnlib.dilated.definition import dilated_reach
+from attnlib.memory.ledger import ledger
+from attnlib.timing.measure import measure
 
 CONFIG = {"segment_lengths": (8, 16, 64), "dilation_rates": (1, 2, 5)}
 OURS = {name: VARIANTS[name].fn for name in ("naive_custom", "naive", "naive_weights_only", "naive_recompute", "tiled")}
@@ -132,6 +139,87 @@ def test_operators_are_what_pytorchs_compiler_expects(device):
     inputs = [x.detach() for x in (torch.randn_like(o), *given[:3], o, lse)]
     torch.library.opcheck(torch.ops.attnlib.dilated_backward.default, (*inputs, *given[3:]))
     torch.testing.assert_close(o, dilated(*given[:3], segment_lengths=(8, 16), dilation_rates=(1, 5), causal=True))
+
+
+BAD_CALLS = [
+    (lambda q, other: (q, other[:, :, :30], other[:, :, :30]), {}, "same shape"),
+    (lambda q, other: (q, other, other), {}, "same shape"),
+    (lambda q, other: (q, q, q.bfloat16()), {}, "same shape, dtype"),
+    (lambda q, other: (q[0], q[0], q[0]), {}, r"\[B, H, N, D\]"),
+    (lambda q, other: (q, q, q), {"causal": 1}, "causal must be"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "how", "message"), BAD_CALLS)
+def test_an_operator_refuses_what_the_function_refuses(tensors, how, message):
+    """Also where a compiler calls it: what does not fit must not be read beyond its end."""
+    given = tensors(torch.randn(1, 2, 40, 8), torch.randn(1, 2, 80, 8))
+    with pytest.raises(UserError, match=message):
+        dilated(*given, **CONFIG, **how)
+    if not how:
+        with pytest.raises(UserError, match=message):
+            torch.ops.attnlib.dilated(*given, [8, 16], [1, 2], False, "modulo", "")
+    compiled = torch.compile(partial(dilated, **CONFIG, **how), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=message):
+        compiled(*given)
+
+
+def test_tracers_see_one_operator_that_is_right_at_other_lengths():
+    fn = partial(dilated, **CONFIG)
+    example, other = (torch.randn(1, 2, n, 8) for n in (40, 64))
+    traces = [torch.jit.trace(lambda x: fn(x, x, x), example, check_trace=False)]
+    traces.append(make_fx(lambda x: fn(x, x, x), tracing_mode="symbolic")(example))
+    for trace in traces:
+        torch.testing.assert_close(trace(other), fn(other, other, other))
+
+
+def test_tensors_made_of_others_are_taken_apart():
+    """Each of two inner tensors has its own result: nothing is allocated that forgets what it stands for."""
+    pairs = [TwoTensor(torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40, 8)) for _ in range(3)]
+    for name, fn in OURS.items():
+        o = fn(*pairs)
+        for half in ("a", "b"):
+            want = fn(*(getattr(x, half) for x in pairs))
+            torch.testing.assert_close(getattr(o, half), want, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_module_that_is_loaded_again_works():
+    """As JupyterLab's autoreload does it."""
+    code = (
+        "import importlib, torch, attnlib.dilated.attention as m; importlib.reload(m); x = torch.randn(1, 2, 16, 4)\n"
+    )
+    code += (
+        "print(torch.ops.attnlib.dilated(x, x, x, [4], [1], False, 'modulo', '')[0].shape, m.DILATED.fn(x, x, x).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("[1, 2, 16, 4]") == 2, done.stderr
+
+
+def test_transforms_of_the_operator_are_refused_in_a_line():
+    q = torch.randn(1, 2, 16, 4)
+    with pytest.raises(NotImplementedError, match=r"^torch.func.grad takes `dilated` outside[^\n]*$"):
+        torch.func.grad(lambda q: torch.ops.attnlib.dilated(q, q, q, [4], [1], False, "modulo", "")[0].sum())(q)
+
+
+@every
+def test_the_future_does_not_reach_back(name):
+    """Whatever it is: an infinite or undefined key after a query is not seen by it."""
+    for bad in (float("inf"), float("nan")):
+        q, k, v = (torch.randn(1, 1, 32, 4) for _ in range(3))
+        k[0, 0, 20] = bad
+        assert OURS[name](q, k, v, causal=True)[0, 0, :16].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=str
+)
+def test_what_is_measured_does_not_depend_on_the_callers_mode(mode):
+    shape, naive = Shape(1, 1, 32, 8), VARIANTS["naive"]
+    saved = measure(naive, shape, "cpu", 0.01)["saved_bytes"]
+    with mode():
+        row = measure(naive, shape, "cpu", 0.01)
+        assert row["status"] == "ok" and row["saved_bytes"] == saved
+        assert len(ledger(naive, shape)) > 10 and compared(naive, shape, "cpu")["dq_error"] > 0
 
 
 @pytest.mark.ci

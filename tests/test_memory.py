@@ -212,3 +212,17 @@ def test_what_fits_is_asked_for_by_a_use_or_a_phase_and_without_a_length():
     ):
         with pytest.raises(UserError, match=r"^[^\n]*training, not '\w+'$"):
             call()
+
+
+def test_without_a_law_nothing_is_said_to_fit():
+    for call in (bytes_needed, lambda one, shape, machine: fit.largest_seq_len(one, shape, GIB, "training", machine)):
+        with pytest.raises(UserError, match="sdpa_default has no law"):
+            call(VARIANTS["sdpa_default"], Shape(1, 1, 8, 8), "cpu")
+    assert "no other variant" in fit.explain(VARIANTS["naive"], Shape(1, 1, 8, 8), GIB, "training", "cuda", {})
+
+
+@pytest.mark.parametrize("device", ["cuda:00", "cuda:01", "cpu:1"])
+def test_a_device_that_torch_would_not_know_is_refused(device, capsys):
+    fits = "fit --memory 1GiB --variant naive --batch 1 --head-dim 8 --device"
+    assert main([*fits.split(), device]) == 1
+    assert capsys.readouterr().err == f"error: device must be cpu, cuda or cuda:<index>, not {device!r}\n"

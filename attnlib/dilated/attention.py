@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from attnlib.calling import cast, checked, differentiable, folding
+from attnlib.calling import cast, checked, differentiable, folding, refuse_causal, refuse_unlike
 from attnlib.core import Machine, Shape
 from attnlib.dilated import views
 from attnlib.dilated.definition import branches_of, dilated_reach, dilated_reference
@@ -31,7 +32,9 @@ from attnlib.laws import Phases, Variant
 
 INPUTS = "Tensor q, Tensor k, Tensor v"
 HOW = "SymInt[] segment_lengths, SymInt[] dilation_rates, bool causal, str head_offsets, str kernel"
-LIBRARY = torch.library.Library("attnlib", "DEF")
+if known := getattr(torch.ops.attnlib, "library", None):
+    known._destroy()  # of this module before it was loaded again
+LIBRARY = torch.ops.attnlib.library = torch.library.Library("attnlib", "DEF")
 LIBRARY.define(f"dilated({INPUTS}, {HOW}) -> (Tensor, Tensor)")
 LIBRARY.define(f"dilated_backward(Tensor do, {INPUTS}, Tensor o, Tensor lse, {HOW}) -> (Tensor, Tensor, Tensor)")
 DILATED_FORWARD, DILATED_BACKWARD = torch.ops.attnlib.dilated.default, torch.ops.attnlib.dilated_backward.default
@@ -73,10 +76,11 @@ def arranged(tensors: Sequence[Tensor], widths: Sequence[int], rates: Sequence[i
 def dilated_forward(
     q: Tensor, k: Tensor, v: Tensor, widths: Sequence[int], rates: Sequence[int], causal: bool, *how: str
 ) -> tuple[Tensor, Tensor]:
-    """o and its log-sum-exp."""
+    """o and its log-sum-exp. Raises UserError for tensors that are not alike."""
+    refuse_unlike(q, k, v)
     kernel, (first, *others), inputs = arranged((q, k, v), widths, rates, causal, *how)
     part, part_lse = kernel.forward(*(first.of(x) for x in inputs), causal)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     at = lse.view(inputs[0].shape[:3])
     first.of(at).copy_(part_lse)
     o = views.scatter_into_zeros(part, first, inputs[0])
@@ -90,7 +94,9 @@ def dilated_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     widths: Sequence[int], rates: Sequence[int], causal: bool, *how: str,
 ) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv: of each branch those of the kernel's own backward pass, called with the merged o and log-sum-exp."""
+    """dq, dk, dv: of each branch those of the kernel's own backward pass, called with the merged o and log-sum-exp.
+    Raises UserError for tensors that are not alike."""
+    refuse_unlike(q, k, v, do, o)
     kernel, (first, *others), (do, *inputs, o) = arranged((do, q, k, v, o), widths, rates, causal, *how)
     inputs = [do, *inputs, o, lse.contiguous().view(o.shape[:3])]
     grads = list(kernel.backward(*(first.of(x) for x in inputs), causal))
@@ -116,6 +122,17 @@ def below_autograd(known: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def outside_transforms(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's autograd function, which torch.func does not see through: it is refused there, in one line."""
+
+    def call(*given: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError("torch.func.grad takes `dilated` outside of torch.compile, and not its operator")
+        return apply(*given)
+
+    return call
+
+
 def contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with contiguous results."""
     return lambda *given: tuple(x.contiguous() for x in function(*given))
@@ -129,18 +146,27 @@ for known, function, apply in (
 ):
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(known, contiguous(function), key)
-    LIBRARY.impl(known, apply, "Autograd")
+    LIBRARY.impl(known, outside_transforms(apply), "Autograd")
     torch.library.register_vmap(known, folding(known), lib=LIBRARY)
 
 
 @torch.library.register_fake(DILATED_FORWARD, lib=LIBRARY)
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    refuse_unlike(q, k, v)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake(DILATED_BACKWARD, lib=LIBRARY)
 def _(do: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(q.new_empty(q.shape) for _ in range(3))
+
+
+def traced(*tensors: Any) -> bool:
+    """Whether somebody looks on who wants to see operators, not what they do: a compiler, a tracer, a mode that takes
+    part in dispatch, a tensor that is made of others."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(type(x) is not Tensor and is_traceable_wrapper_subclass(x) for x in tensors)
 
 
 def dilated(
@@ -160,14 +186,15 @@ def dilated(
     Saved for the backward pass are the output and one float32 per row and head. A query that no branch keeps gives 0,
     with gradient 0. float64 is computed by dilated_reference. Raises UserError as that does, and for a kernel that
     cannot run there; there is no second derivative but in float64."""
-    compiling = torch.compiler.is_compiling()
-    q, k, v = cast(q, k, v) if compiling else checked(q, k, v, causal)
+    refuse_causal(causal)
+    looked_on = traced(q, k, v)
+    q, k, v = cast(q, k, v) if looked_on else checked(q, k, v, causal)
     if q.dtype == torch.float64 and kernel is None:
         return dilated_reference(
             q, k, v,
             segment_lengths=segment_lengths, dilation_rates=dilation_rates, causal=causal, head_offsets=head_offsets,
         )  # fmt: skip
-    if compiling:
+    if looked_on:
         return DILATED_FORWARD(q, k, v, [*segment_lengths], [*dilation_rates], causal, head_offsets, kernel or "")[0]
     branches = branches_of(segment_lengths, dilation_rates, head_offsets)
     widths, rates = zip(*branches, strict=True)

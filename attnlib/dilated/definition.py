@@ -66,7 +66,7 @@ def dilated_reference(
                     q_kept, k_kept, v_kept = (x[:, head, kept] for x in (q, k, v))
                     scores = wide(q_kept @ k_kept.mT * q.shape[-1] ** -0.5)
                     if causal:
-                        scores = scores + torch.full_like(scores, -math.inf).triu(1)
+                        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
                     where = entries, torch.tensor(head, device=q.device), kept
                     o = o.index_put(where, torch.softmax(scores, -1).to(v.dtype) @ v_kept)
                     lse = lse.index_put(where, torch.logsumexp(scores, -1))

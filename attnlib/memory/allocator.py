@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from attnlib.calling import ordinary
 from attnlib.laws import ACCOUNTS, Variant
 
 
@@ -60,6 +61,7 @@ def watch_cpu(passes: Iterator[None]) -> Usage:
     return Usage(dict(zip(ACCOUNTS, figures, strict=False)), {}, 0, 0)
 
 
+@ordinary()
 def observe(variant: Variant, *inputs: torch.Tensor, causal: bool, backward: bool) -> Usage:
     """One forward pass, and one backward pass if asked for, under the eyes of the allocator of the inputs' device.
 

@@ -17,7 +17,7 @@ LONGEST = 10**12  # nobody's sequence; keeps the search finite
 def nbytes(text: str) -> int:
     """The bytes that a text with a unit means: "24GiB" (2**30), "80GB" (10**9). Raises UserError without a number or a
     unit, for nothing, and for more than 1 PiB."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]i?B|B)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGTP]i?B|B)\s*", text)
     size = Fraction(match[1]) * MULTIPLES[match[2]] if match else 0
     if not 1 <= size <= MULTIPLES["PiB"]:
         raise UserError(f"memory must be a number with a unit, such as 24GiB or 80GB, up to 1PiB, not {text!r}")
@@ -67,10 +67,9 @@ def explain(
     if use not in USES:
         raise UserError(f"use must be {' or '.join(USES)}, not {use!r}")
     machine, two, name = Machine.of(machine), at_length(shape, 2), variant.name
-    if not variant.law:
-        raise UserError(f"{name} has no law: what it needs depends on what runs underneath")
-    if variant.reach is not dense_reach:
+    if variant.law and variant.reach is not dense_reach:
         raise UserError(f"{name} looks at less, in steps of N: a longer sequence can need less memory")
+    bytes_needed(variant, two, machine)  # or it has no law, and says so
     if reason := variant.needs(two, machine) or variant.law.unknown(two, machine):
         raise UserError(f"{name} cannot run there: {reason}")
     mask = ", causal" if two.causal else ""
@@ -83,6 +82,7 @@ def explain(
     lines = [about, f"largest N: {longest:,}", f"what fills the memory there, at {operation}:"]
     lines += [f"  {size / 2**20:12,.2f} MiB {size / total:6.1%}  {term}" for term, size in terms.items()]
     lines += [f"  {total / 2**20:12,.2f} MiB         in all; N = {longest + 1:,} would need more than there is"]
-    best = max(options(shape, memory_bytes, machine, variants), key=lambda row: row[use])
+    there = [{"variant": name, use: longest}, *options(shape, memory_bytes, machine, variants)]
+    best: dict = max(there, key=lambda row: row[use])
     further = f"take instead: {best['variant']}, largest N {best[use]:,}"
     return "\n".join([*lines, further if best[use] > longest else "no other variant gets further"])

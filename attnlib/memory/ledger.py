@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from attnlib.calling import ordinary
 from attnlib.core import PHASES, Device, Machine, Shape
 from attnlib.laws import Variant, evaluate, law_of
 
@@ -73,6 +74,7 @@ class Ledger(TorchDispatchMode):
         return out
 
 
+@ordinary()
 def ledger(variant: Variant, shape: Shape, machine: Device = "cpu") -> list[dict]:
     """The rows of a Ledger of one forward and one backward pass on tensors without data: any size, no memory.
 

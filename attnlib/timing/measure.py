@@ -7,12 +7,13 @@ from functools import partial
 
 import torch
 
+from attnlib.calling import ordinary
 from attnlib.core import PHASES, Shape, UserError
 from attnlib.laws import Variant, bytes_needed, law_of
 from attnlib.memory.allocator import account
 from attnlib.rows import TIMED
 from attnlib.timing.clock import PASSES, estimate, fitting, longest_kernel, statistics, time_passes
-from attnlib.timing.machine import state
+from attnlib.timing.machine import resolve, state
 from attnlib.timing.room import memory_free
 
 # what PyTorch on the CPU, the CUDA driver, and the libraries above it say when memory ran out
@@ -48,6 +49,7 @@ def sample_counts(seconds: Mapping[str, float], budget_s: float, patience_s: flo
     return {phase: fitting(one, budget_s / len(TIMED)) for phase, one in seconds.items()}
 
 
+@ordinary()
 def measure(
     variant: Variant,
     shape: Shape,
@@ -61,8 +63,11 @@ def measure(
     timed with the graph kept, through torch.autograd.grad, so that no gradient is accumulated. Returns the point's
     columns, the figures that could be had, and `status`, `phase`, `reason`: running out of memory, or a variant that
     cannot run there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel` is
-    the name of what ran longest in the attention: of a pinned backend, its kernel."""
+    the name of what ran longest in the attention: of a pinned backend, its kernel. Raises UserError for a GPU that is
+    not there."""
     row = {"variant": variant.name, **shape.columns(), "status": "ok", "phase": "", "reason": ""}
+    if torch.device(device).type == "cuda":
+        resolve(str(device))
     if reason := variant.needs(shape, device):
         return {**row, "status": "unsupported", "reason": reason}
     if torch.device(device).type == "cpu" and (shortage := predicted_shortage(variant, shape)):

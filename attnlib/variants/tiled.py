@@ -87,8 +87,8 @@ def _blocks(size: int, *tensors: Tensor) -> list[tuple[Any, ...]]:
 
 def forward_tiles(q: Tensor, k: Tensor, v: Tensor, causal: bool, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = wide(torch.empty((*q.shape[:-1], 1), dtype=q.dtype, device=q.device))
+    o = q.new_empty(q.shape)
+    lse = q.new_empty((*q.shape[:-1], 1), dtype=torch.promote_types(q.dtype, torch.float32))
     tiles = _blocks(block_k, k, v)
     for first_query, qi, oi, lsei in _blocks(block_q, q, o, lse):
         found = forward_rows(tiles, causal, first_query, qi)
@@ -101,7 +101,7 @@ def backward_tiles(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, block_q: int, block_k: int
 ) -> Iterator[Tensor]:
     """dq, dk, dv."""
-    dq, dk, dv = grads = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v)]
+    dq, dk, dv = grads = [x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v)]
     tiles = _blocks(block_k, k, v, dk, dv)
     for rows in _blocks(block_q, q, o, lse, do, dq):
         backward_rows(tiles, causal, *rows)
