@@ -10,6 +10,7 @@ from attnlib.timing.worker import Worker
 from report import stored
 
 COMMITTED = [device for device in stored.devices() if not device.endswith("-quick")]  # which nobody commits
+CPU_DATA = next(device for device in COMMITTED if stored.machine_of(device).is_cpu)
 GPU = torch.cuda.is_available()
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if GPU else [])]
 

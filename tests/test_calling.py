@@ -126,14 +126,8 @@ def test_transforms_are_right_or_refused(name, device):
     torch.testing.assert_close(torch.vmap(of_q)(q, k, v), dq, rtol=1e-4, atol=1e-5)
 
 
-def operator_inputs(device, dtype=torch.float32):
-    q, k, v = (torch.randn(2, 3, 40, 8, device=device).to(dtype).requires_grad_() for _ in range(3))
-    return q, k, v, [8, 16], [1, 5], True, "modulo", ""
-
-
 def test_operators_are_what_pytorchs_compiler_expects(device):
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    given = operator_inputs(device, dtype)
+    given = *Shape(2, 3, 40, 8).inputs(device), [8, 16], [1, 5], True, "modulo", ""
     o, lse = torch.ops.attnlib.dilated(*given)
     torch.library.opcheck(torch.ops.attnlib.dilated.default, given)
     inputs = [x.detach() for x in (torch.randn_like(o), *given[:3], o, lse)]
@@ -228,7 +222,6 @@ def test_compiled_whole_at_any_length(mode, device):
     """One graph, recompiled for lengths in general at most once; segments that follow the length are no reason for
     another one."""
     torch.compiler.reset()
-    dtype, tolerance = (torch.float32, 1e-4) if device == "cpu" else (torch.bfloat16, 0.05)
 
     def attend(q, k, v, causal):
         n = q.shape[2]
@@ -239,9 +232,9 @@ def test_compiled_whole_at_any_length(mode, device):
     compiled = torch.compile(attend, fullgraph=True, **how)
     for seq_len in (64, 80, 96, 100):
         for causal in (False, True):
-            inputs = [torch.randn(1, 2, seq_len, 8, device=device).to(dtype).requires_grad_() for _ in range(3)]
-            do = torch.randn_like(inputs[0])
             shape = Shape(1, 2, seq_len, 8, causal=causal)
+            inputs = shape.inputs(device)
+            do = torch.randn_like(inputs[0])
             reach = dilated_reach(shape, segment_lengths=(8, 16, seq_len // 2), dilation_rates=(1, 2, 5)).to(device)
             want = oracle(*inputs, reach) * 2
             with warnings.catch_warnings():
@@ -249,5 +242,5 @@ def test_compiled_whole_at_any_length(mode, device):
                 found = compiled(*inputs, causal)
                 grads = grad(found, inputs, do)
             for got, expected in zip((found, *grads), (want, *grad(want, inputs, do.double())), strict=True):
-                torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(got.double(), expected.double(), rtol=1e-4, atol=1e-4)
     assert graphs.frame_count <= 4, "with a mask and without: for the first length, and for any"

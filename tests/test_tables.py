@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import CPU_DATA
 
 from attnlib import VARIANTS
 from attnlib.core import Machine, Shape
@@ -67,7 +68,7 @@ def test_the_formula_of_a_law_names_every_term_that_is_there():
 
 
 def test_the_table_of_accounts_counts_where_all_are_equal():
-    machine, shapes = machine_of("intel-r-xeon-r-processor"), (Shape(1, 1, 64, 8), Shape(1, 1, 65, 8))
+    machine, shapes = machine_of(CPU_DATA), (Shape(1, 1, 64, 8), Shape(1, 1, 65, 8))
     rows = pd.DataFrame([compare(VARIANTS["naive"], shape, machine) for shape in shapes])
     rows.loc[1, "saved_ledger_bytes"] += 1
     (found,) = tables.accounts(rows).data.to_dict("records")
@@ -101,7 +102,7 @@ def test_a_point_without_a_law_is_not_counted():
     assert agreement(pd.DataFrame([row]), VARIANTS, Machine("cpu")) == dict.fromkeys(ACCOUNTS, (0, 0))
 
 
-@pytest.mark.parametrize("device", ["nvidia-h200", "intel-r-xeon-r-processor"])
+@pytest.mark.parametrize("device", ["nvidia-h200", CPU_DATA])
 def test_measured_points_lie_above_their_floors(device):
     """Of chapter 1's committed points most; only a cache undercuts the floor of copies from memory."""
     rows = load(device, "01_naive_sweep").query("head_dim == 64 and seq_len >= 1024")

@@ -1,6 +1,7 @@
 """Bytes counted by a GPU's hardware: what the profiler prints, what is damaged, and who may be counted."""
 
 import pytest
+from conftest import CPU_DATA
 
 from attnlib import VARIANTS
 from attnlib.core import Shape
@@ -51,7 +52,7 @@ def test_without_the_profiler_there_are_no_rows(monkeypatch):
 
 def test_the_ledger_stands_in_for_counters():
     """Of a fused kernel: q, k, v and o once, and a float32 for each row."""
-    shape, machine = Shape(1, 2, 256, 64), machine_of("intel-r-xeon-r-processor")
+    shape, machine = Shape(1, 2, 256, 64), machine_of(CPU_DATA)
     rows = ledger_traffic([VARIANTS["naive"], VARIANTS["sdpa_flash"]], shape, machine)
     moved = rows.set_index(["variant", "phase"])["dram_bytes"]
     assert moved["sdpa_flash", "forward"] == 4 * 4 * 2 * 256 * 64 + 4 * 2 * 256
