@@ -358,10 +358,10 @@ def test_what_an_interrupted_call_would_have_answered_is_not_taken_for_the_next_
     """An interrupt falls between a question and its answer: the answer must not come to whoever asks next."""
     with Worker() as worker:
         worker.call(max, 0, 1)
-        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
-        timer.start()
+        # to the main thread, which waits: a signal that another thread gets does not wake it
+        threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
-            worker.call(faults.sleep_and_answer, 1.0, "late")
+            worker.call(faults.sleep_and_answer, 60.0, "late")
         assert worker.call(max, 1, 2) == 2
 
 
