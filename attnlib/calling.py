@@ -37,7 +37,7 @@ def refuse_unlike(*tensors: Tensor) -> None:
     if not all(x.shape == first.shape and x.dtype == first.dtype and x.device == first.device for x in others):
         raise UserError("q, k and v must have the same shape, dtype and device")
     if first.dim() != 4 or first.dtype not in (*DTYPES.values(), torch.float64):
-        wanted = "floating-point of 16 bits or more, [B, H, N, D] with no size zero"
+        wanted = "floating-point of 16 bits or more, [B, H, N, D]"
         raise UserError(f"q, k and v must be {wanted}, not {first.dtype} {list(first.shape)}")
 
 
@@ -105,13 +105,21 @@ def differentiable(
     strides: hooks on saved tensors may change them. `apply` returns what `forward` does, of which only o has a
     gradient. A second derivative raises UserError. torch.func.grad takes it, and torch.vmap, as a larger batch."""
 
+    def plainly(function: Callable[..., Any]) -> Any:
+        def call(first: Tensor, *rest: Any) -> Any:
+            with without_autocast(first):
+                return tuple(function(first, *rest))
+
+        # torch.autograd.Function asks for it at each call: found once, it costs nothing
+        call.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+        return staticmethod(call)
+
+    forth, back = plainly(forward), plainly(backward)
+
     class Gradients(torch.autograd.Function):
         """A function of its own, so that a second derivative raises instead of being silently wrong."""
 
-        @staticmethod
-        def forward(do: Tensor, *saved: Any) -> Any:
-            with without_autocast(do):
-                return tuple(backward(do, *saved))
+        forward = back
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -121,17 +129,8 @@ def differentiable(
         def backward(ctx: Any, *_: Any) -> None:
             raise UserError(f"{name} has no second derivative")
 
-        @staticmethod
-        def vmap(*how: Any) -> Any:
-            return folding(Gradients.apply)(*how)
-
     class Attention(torch.autograd.Function):
-        gradients = Gradients
-
-        @staticmethod
-        def forward(q: Tensor, *how: Any) -> Any:
-            with without_autocast(q):
-                return tuple(forward(q, *how))
+        forward, gradients = forth, Gradients
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -145,10 +144,6 @@ def differentiable(
             grads = (None,) * 3 if do is None else Gradients.apply(do, *ctx.saved_tensors, *ctx.how)
             return *grads, *(None for _ in ctx.how)
 
-        @staticmethod
-        def vmap(*how: Any) -> Any:
-            return folding(Attention.apply)(*how)
-
-    for one in (Gradients, Attention):  # torch.autograd.Function asks for it at each call: found once, it costs nothing
-        vars(one)["forward"].__func__.__signature__ = inspect.signature(one.forward)
+    for one in (Gradients, Attention):
+        one.vmap = staticmethod(folding(one.apply))
     return Attention
