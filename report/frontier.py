@@ -1,4 +1,4 @@
-"""Where memory runs out: the length that the law predicts, tried on the GPU in fresh processes."""
+"""Where memory runs out: the length that the law predicts, tried on the GPU in processes in which nothing failed."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -72,11 +72,12 @@ def trial(case: Case, device: str) -> dict:
     return row
 
 
-def in_fresh_process(case: Case, seq_len: int, device: str) -> dict:
-    """`trial` of a case at `seq_len`, in a process of its own."""
-    case = replace(case, shape=at_length(case.shape, seq_len))
-    with Worker() as worker:
-        return worker.call_again(trial, case, device, timeout_s=300)
+def tried(case: Case, seq_len: int, device: str, worker: Worker) -> dict:
+    """`trial` of a case at `seq_len`, in a process in which nothing failed before."""
+    found = worker.call_again(trial, replace(case, shape=at_length(case.shape, seq_len)), device, timeout_s=300)
+    if not found["fits"]:
+        worker.stop()
+    return found
 
 
 def search(case: Case, device: str) -> list[dict]:
@@ -86,18 +87,27 @@ def search(case: Case, device: str) -> list[dict]:
     The law's N and the next are tried first. Where they do not run and fail as predicted, what the pool was seen to
     lose gives the next guess, down to one that runs, and bisection finds the N from which it does not: to the token or,
     where one MiB holds many, to that MiB. It is 1 where nothing ran."""
-    variant, start = case.variant, in_fresh_process(case, 2, device)  # cuDNN refuses a single key
-    if start["fits"] is None:
-        return []
-    seen, room = {2: start}, start["memory_bytes"] - start["libraries_bytes"]
+    with Worker() as worker:
+        return searched(case, device, worker)
+
+
+def searched(case: Case, device: str, worker: Worker) -> list[dict]:
+    """`search` by a worker."""
+    variant, seen = case.variant, dict[int, dict]()
 
     def longest(lost: int) -> int:
         return largest_seq_len(variant, case.shape, room - lost, case.phase, device)
 
     def fits(seq_len: int) -> bool:
         if seq_len not in seen:
-            seen[seq_len] = in_fresh_process(case, seq_len, device)
+            seen[seq_len] = tried(case, seq_len, device, worker)
         return seen[seq_len]["fits"]
+
+    fits(2)  # cuDNN refuses a single key
+    start = seen[2]
+    if start["fits"] is None:
+        return []
+    room = start["memory_bytes"] - start["libraries_bytes"]
 
     low = predicted = longest(0)
     grain = step = max(1, predicted - longest(2**20))

@@ -11,7 +11,7 @@ from attnlib.core import PHASES, Machine, Shape
 from attnlib.laws import ACCOUNTS, B, D, H, N, Variant, c, e, g, h, law_of, peaks_until
 from attnlib.memory import check
 from attnlib.rows import POINT, is_missing, shape_of
-from attnlib.timing.floor import floor
+from report.floor import floor
 
 M, LENGTH = sympy.symbols("M N", positive=True)  # bytes of memory; N as a number to be solved for
 

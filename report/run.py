@@ -36,7 +36,7 @@ class Profile:
     suffix: str  # of the folder
 
 
-PROFILES = {"full": Profile(2.0, 10.0, 0.3, 300.0, ""), "quick": Profile(0.1, 0.0, 0.05, 60.0, "-quick")}
+PROFILES = {"full": Profile(0.7, 10.0, 0.3, 300.0, ""), "quick": Profile(0.1, 0.0, 0.05, 60.0, "-quick")}
 
 
 def profile(name: str) -> Profile:

@@ -108,13 +108,17 @@ def test_backward_trusts_no_layout_of_saved_tensors(name, device):
 
 @every
 def test_transforms_are_right_or_refused(name, device):
-    """torch.func.grad and vmap; checkpointing refuses the first by a line of PyTorch's own."""
+    """torch.func.grad and vmap; checkpointing refuses the first, or both, by a line of PyTorch's own."""
     q, k, v = (torch.randn(3, 2, 2, 24, 4, device=device) for _ in range(3))
     fn = OURS[name]
     want = torch.stack([fn(*each) for each in zip(q, k, v, strict=True)])
-    torch.testing.assert_close(torch.vmap(fn)(q, k, v), want, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.vmap(fn, in_dims=(0, None, 1))(q, k[0], v.movedim(0, 1)), torch.stack(
-        [fn(one, k[0], other) for one, other in zip(q, v, strict=True)]), rtol=1e-4, atol=1e-5)  # fmt: skip
+    shared = torch.stack([fn(one, k[0], other) for one, other in zip(q, v, strict=True)])
+    try:
+        torch.testing.assert_close(torch.vmap(fn)(q, k, v), want, rtol=1e-4, atol=1e-5)
+        found = torch.vmap(fn, in_dims=(0, None, 1))(q, k[0], v.movedim(0, 1))
+        torch.testing.assert_close(found, shared, rtol=1e-4, atol=1e-5)
+    except RuntimeError as refused:  # by the checkpointing of PyTorch 2.11
+        assert name == "naive_recompute" and "does not have vmap support" in str(refused)
     of_q = torch.func.grad(lambda q, k, v: (fn(q, k, v) ** 2).sum())
     if name == "naive_recompute":
         with pytest.raises(RuntimeError, match="don't yet support saved tensor hooks"):

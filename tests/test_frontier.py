@@ -19,9 +19,9 @@ PLAIN = [*family("plain").values()]
 
 
 def pool(memory, loss):
-    """frontier.in_fresh_process of a device with `memory` bytes, whose pool loses `loss(seq_len)` bytes."""
+    """frontier.tried of a device with `memory` bytes, whose pool loses `loss(seq_len)` bytes."""
 
-    def pretend(case, seq_len, device):
+    def pretend(case, seq_len, *_):
         need = bytes_needed(case.variant, at_length(case.shape, seq_len), "cuda", case.phase)
         row = {"fits": need + loss(seq_len) <= memory, "memory_bytes": memory, "taken_bytes": 0, "libraries_bytes": 0}
         sizes = {"requested_bytes": need, "allocated_bytes": need, "reserved_bytes": need + loss(seq_len)}
@@ -35,7 +35,7 @@ def pool(memory, loss):
 def test_the_search_finds_the_frontier(monkeypatch, lost, noise):
     """Against a pool that loses `lost` bytes and up to 20 MiB more, differently for each N but never less for more."""
     pretend = pool(8 * GIB, lambda seq_len: lost + seq_len * noise % (20 * 2**20))
-    monkeypatch.setattr(frontier, "in_fresh_process", pretend)
+    monkeypatch.setattr(frontier, "tried", pretend)
     for case in frontier.frontier_cases(8 * GIB, PHASES, [16, 128], variants=PLAIN):
         (row,) = frontier.search(case, "cuda")
         found = row["found_seq_len"]
@@ -47,14 +47,14 @@ def test_a_frontier_of_linear_memory_is_found_to_a_mebibyte(monkeypatch):
     """Where a MiB holds many tokens the search does not go through them one by one."""
     memory, lost = GIB, 13 * 2**20 + 5
     case = frontier.Case(VARIANTS["sdpa_flash"], Shape(1, 1, 1, 64, "bfloat16"), "backward", memory, "expandable")
-    monkeypatch.setattr(frontier, "in_fresh_process", pool(memory, lambda seq_len: lost))
+    monkeypatch.setattr(frontier, "tried", pool(memory, lambda seq_len: lost))
     (row,) = frontier.search(case, "cuda")
     left = memory - lost - bytes_needed(case.variant, at_length(case.shape, row["found_seq_len"]), "cuda")
     assert 0 <= left <= 2**20 and row["trials"] <= 12
 
 
 def test_where_a_device_has_not_that_much_free_there_is_no_row(monkeypatch):
-    monkeypatch.setattr(frontier, "in_fresh_process", lambda *_: {"fits": None})
+    monkeypatch.setattr(frontier, "tried", lambda *_: {"fits": None})
     monkeypatch.setattr(Worker, "call_again", lambda *_, **__: {"fits": None})
     (case,) = frontier.frontier_cases(GIB, ["backward"], [64], variants=PLAIN[:1])
     assert frontier.search(case, "cuda") == frontier.cells([case], "cuda") == []

@@ -17,8 +17,8 @@ from attnlib import FAMILIES, VARIANTS
 from attnlib.core import Machine, Shape
 from attnlib.laws import ACCOUNTS
 from attnlib.rows import shape_of
-from attnlib.timing.floor import floor
 from report import stored
+from report.floor import floor
 from report.run import Run
 
 ROOT = Path(__file__).parent.parent

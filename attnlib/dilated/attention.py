@@ -26,7 +26,8 @@ from attnlib.dilated import views
 from attnlib.dilated.definition import branches_of, dilated_reach, dilated_reference
 from attnlib.dilated.kernels import Kernel, chosen, kernel_called, workspace_of
 from attnlib.dilated.law import dilated_law, refusal
-from attnlib.dilated.merging import add, merge
+from attnlib.dilated.merging import add, join, merge, pack, total
+from attnlib.dilated.packing import Packing, packing_of
 from attnlib.dilated.views import Branches, View
 from attnlib.laws import Phases, Variant
 
@@ -50,27 +51,25 @@ def in_rows(x: Tensor) -> Tensor:
 def planned(
     sizes: torch.Size, dtype: torch.dtype, device: torch.device,
     widths: Sequence[int], rates: Sequence[int], causal: bool, head_offsets: str, kernel: str,
-) -> tuple[Kernel, bool, list[View], list[View]]:  # fmt: skip
-    """The kernel to call, whether a batch may be folded into the heads, and the views without and with that. Raises
-    UserError for what `branches_of` and `chosen` refuse."""
+) -> tuple[Kernel, Packing | None, list[View], list[View]]:  # fmt: skip
+    """The kernel to call, how rows are packed if they are, and the views without and with a batch that is folded into
+    the heads, the latter none where it may not be. Raises UserError for what `branches_of` and `chosen` refuse."""
     branches = branches_of(widths, rates, head_offsets)
     batch, heads, seq_len, head_dim = sizes
     shape = Shape(batch, heads, seq_len, head_dim, str(dtype).removeprefix("torch."), causal)
     can_fold = views.can_fold_batch_into_heads(batch, heads, rates, head_offsets)
     folded = views.all_views(1, batch * heads, seq_len, branches, head_offsets) if can_fold else []
     calls = views.all_views(batch, heads, seq_len, branches, head_offsets)
-    return chosen(kernel or None, shape, device), can_fold, calls, folded
+    packing = packing_of(shape, branches, head_offsets, Machine.of(device))
+    return chosen(kernel or None, shape, device), packing, calls, folded
 
 
-def arranged(tensors: Sequence[Tensor], widths: Sequence[int], rates: Sequence[int], *how: Any) -> tuple:
-    """The kernel, its views, and tensors `[B, H, N, D]` in rows, of which the batch is folded into the heads if all of
-    them allow."""
-    like = tensors[0]
-    kernel, fold, calls, folded = planned(like.shape, like.dtype, like.device, tuple(widths), tuple(rates), *how)
-    tensors = [in_rows(x) for x in tensors]
-    if fold and all(x.stride(0) == x.stride(1) * x.shape[1] for x in tensors):
-        return kernel, folded, [x.flatten(0, 1).unsqueeze(0) for x in tensors]
-    return kernel, calls, tensors
+def in_views(tensors: Sequence[Tensor], calls: list[View], folded: list[View]) -> tuple[list[View], list[Tensor]]:
+    """The views to go through, and tensors `[B, H, N, D]`, of which the batch is folded into the heads if all of them
+    allow."""
+    if folded and all(x.stride(0) == x.stride(1) * x.shape[1] for x in tensors):
+        return folded, [x.flatten(0, 1).unsqueeze(0) for x in tensors]
+    return calls, list(tensors)
 
 
 def dilated_forward(
@@ -78,7 +77,11 @@ def dilated_forward(
 ) -> tuple[Tensor, Tensor]:
     """o and its log-sum-exp. Raises UserError for tensors that are not alike."""
     refuse_unlike(q, k, v)
-    kernel, (first, *others), inputs = arranged((q, k, v), widths, rates, causal, *how)
+    kernel, packing, *calls = planned(q.shape, q.dtype, q.device, tuple(widths), tuple(rates), causal, *how)
+    inputs = [in_rows(x) for x in (q, k, v)]
+    if packing:
+        return join(packing, [kernel.forward(*rows, causal) for rows in pack(packing, inputs)], inputs[0])
+    (first, *others), inputs = in_views(inputs, *calls)
     part, part_lse = kernel.forward(*(first.of(x) for x in inputs), causal)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     at = lse.view(inputs[0].shape[:3])
@@ -97,8 +100,13 @@ def dilated_backward(
     """dq, dk, dv: of each branch those of the kernel's own backward pass, called with the merged o and log-sum-exp.
     Raises UserError for tensors that are not alike."""
     refuse_unlike(q, k, v, do, o)
-    kernel, (first, *others), (do, *inputs, o) = arranged((do, q, k, v, o), widths, rates, causal, *how)
-    inputs = [do, *inputs, o, lse.contiguous().view(o.shape[:3])]
+    kernel, packing, *calls = planned(q.shape, q.dtype, q.device, tuple(widths), tuple(rates), causal, *how)
+    inputs, lse = [in_rows(x) for x in (do, q, k, v, o)], lse.contiguous()
+    if packing:
+        parts = [kernel.backward(*rows, causal) for rows in pack(packing, inputs, lse)]
+        return total(packing, parts, inputs[1:4])
+    (first, *others), inputs = in_views(inputs, *calls)
+    inputs.append(lse.view(inputs[0].shape[:3]))
     grads = list(kernel.backward(*(first.of(x) for x in inputs), causal))
     for at in range(len(grads)):  # one after the other, each part gone before the next is laid out
         grads[at] = views.scatter_into_zeros(grads[at], first, inputs[1])

@@ -50,7 +50,7 @@ def flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: 
     if whole:
         do, q, k, v, o, lse = (x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in (do, q, k, v, o, lse))
     do, o = packed(do, o)
-    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a generator that dropout 0 never asks
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a random generator that dropout 0 never asks
     saved, lengths = (q, k, v, o, lse.contiguous()), (None, None, q.shape[2], k.shape[2])
     grads = aten._scaled_dot_product_flash_attention_backward(do, *saved, *lengths, 0.0, causal, seed, seed[:0])
     return [x.squeeze(1).unflatten(0, (h, b)).transpose(0, 1) for x in grads] if whole else grads
@@ -59,16 +59,17 @@ def flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
     if q.shape[2] == 1:  # cuDNN refuses a single row
         return flash_forward(q, k, v, causal)
-    o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)[:2]
+    # what torch's fused call comes to in the end
+    o, lse = aten._cudnn_attention_forward(q, k, v, None, None, None, q.shape[2], k.shape[2], True, 0.0, causal)[:2]
     return o, lse.reshape(o.shape[:3])
 
 
 def cudnn_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool) -> Tensors:
     if q.shape[2] == 1:
         return flash_backward(do, q, k, v, o, lse, causal)
-    seed, lengths = torch.zeros(2, dtype=torch.int64, device=q.device), (None, None, q.shape[2], k.shape[2])
-    saved = q, k, v, o, lse.contiguous().unsqueeze(-1)
-    return aten._scaled_dot_product_cudnn_attention_backward(do, *saved, *seed, None, *lengths, 0.0, causal)
+    saved, lengths = (q, k, v, o, lse.contiguous().unsqueeze(-1)), (None, None, q.shape[2], k.shape[2])
+    seed = offset = lse  # never asked either
+    return aten._cudnn_attention_backward(do, *saved, seed, offset, None, *lengths, 0.0, causal)
 
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
@@ -112,9 +113,9 @@ def needs_flash_unpadded(shape: Shape, machine: Device) -> str | None:
     return needs_cuda(shape, machine, HALF, (8, 0), "FlashAttention-2") or known.needs_flash(shape, machine) or padded
 
 
-# 16 and 24 bytes: the state of a random generator that dropout 0 never asks
+# 16 and 24 bytes: the state of that generator
 FLASH_WORKSPACE = Workspace(known.PARTIAL + 24, sum(known.FLASH_TAKES.values()) + 16, copies=2)
-CUDNN_WORKSPACE = Workspace(known.ENGINE + 16, sum(known.CUDNN_TAKES.values()) + 16, one_row=FLASH_WORKSPACE)
+CUDNN_WORKSPACE = Workspace(known.ENGINE + 16, sum(known.CUDNN_TAKES.values()), one_row=FLASH_WORKSPACE)
 ALL_KERNELS = (
     Kernel("cpu", cpu_forward, cpu_backward, needs_cpu, Workspace(known.TILES, known.TILES_BACKWARD, copies=1)),
     Kernel("fa4", fa4_forward, fa4_backward, known.needs_fa4, Workspace(0, sum(known.FA4_TAKES.values()))),

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from attnlib.core import PHASES, Machine, Shape, UserError
+from attnlib.dilated.packing import packing_of
 from attnlib.dilated.views import MAX_GRID_AXIS, Branches, View, all_views, can_fold_batch_into_heads
 from attnlib.laws import LINEAR, ROWS, Formula, Law, Terms, evaluate
 
 CALL_TERMS = ("results of one call", "copies made for its kernel", "workspace")
+PACKED_TERMS = ("packed rows", "results of calls", "workspace")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Workspace:
     backward: Formula
     copies: int = 0  # how many tensors its backward pass copies where rows are not contiguous
     one_row: Workspace | None = None  # of the kernel that takes single rows in its place, where it refuses them
+
+    def of(self, rows: int) -> Workspace:
+        """That of the kernel that takes segments of so many rows."""
+        return self.one_row if rows == 1 and self.one_row else self
 
 
 WorkspaceOf = Callable[[Shape, Machine], Workspace]  # raises UserError where there is none, or it is not known
@@ -45,7 +51,7 @@ def refusal(ask: Callable[[Shape, Machine], object], shape: Shape, machine: Mach
 def held_by(kernel: Workspace, view: View, shape: Shape, phase: str, machine: Machine, joins: bool) -> tuple[int, ...]:
     """CALL_TERMS in bytes for a call on one view in `phase`, of which the results are joined to others or not."""
     (b, heads, n), width = view.size, shape.head_dim
-    kernel = kernel.one_row if n == 1 and kernel.one_row else kernel
+    kernel = kernel.of(n)
     part = Shape(b, heads, n, width, shape.dtype, shape.causal)
     linear, rows = part.input_bytes // 3, 4 * b * heads * n
     if phase == "forward":
@@ -68,6 +74,8 @@ def largest(
     """CALL_TERMS in bytes of the first call, or of that of all others which holds the most; also "whole tensors", made
     for the first call's results unless these are whole, and what is "left" of them when the last is laid out."""
     kernel = workspace(shape, machine)
+    if packing_of(shape, branches, head_offsets, machine):
+        return dict.fromkeys((*CALL_TERMS, "whole tensors", "left"), 0)
     if can_fold_batch_into_heads(shape.batch, shape.heads, [rate for _, rate in branches], head_offsets):
         shape = replace(shape, batch=1, heads=shape.batch * shape.heads)
     calls = all_views(shape.batch, shape.heads, shape.seq_len, branches, head_offsets)
@@ -79,16 +87,36 @@ def largest(
     return dict(zip(CALL_TERMS, held, strict=True)) | {"whole tensors": tensors * shape.input_bytes // 3, "left": left}
 
 
-def held_bytes(term: str, *how_and_where: Any) -> int:
-    """One term of `largest`."""
-    return largest(*how_and_where)[term]
+def held_bytes(held: Callable[..., dict[str, int]], term: str, *how_and_where: Any) -> int:
+    """One term of `largest` or of `packed_largest`."""
+    return held(*how_and_where)[term]
+
+
+@lru_cache(4096)
+def packed_largest(
+    phase: str, branches: Branches, head_offsets: str, workspace: WorkspaceOf, shape: Shape, machine: Machine
+) -> dict[str, int]:
+    """What is alive in the call of a kernel on packed rows that holds the most, in bytes: PACKED_TERMS; at its end all
+    "all results". Nothing where rows are not packed."""
+    kernel, packing = workspace(shape, machine), packing_of(shape, branches, head_offsets, machine)
+    found, row = [dict.fromkeys(PACKED_TERMS, 0)], shape.head_dim * shape.element_size
+    inputs, outputs = (3 * row, row + 4) if phase == "forward" else (5 * row + 4, 3 * row)
+    for many, rows in packing.groups if packing else ():
+        taken = evaluate(getattr(kernel.of(rows), phase), replace(shape, batch=many, heads=1, seq_len=rows), machine)
+        held = inputs * sum(packing.sizes), found[-1]["results of calls"] + outputs * many * rows, taken
+        found.append(dict(zip(PACKED_TERMS, held, strict=True)))
+    return max(found, key=lambda held: sum(held.values())) | {"all results": found[-1]["results of calls"]}
 
 
 def dilated_law(branches: Branches, head_offsets: str, workspace: WorkspaceOf) -> Law:
     """The law of these branches. Saved are the output and one log-sum-exp per row, whatever runs underneath."""
 
     def terms(phase: str, first: bool, names: tuple[str, ...] = CALL_TERMS) -> Terms:
-        return {name: partial(held_bytes, name, phase, first, branches, head_offsets, workspace) for name in names}
+        how = phase, first, branches, head_offsets, workspace
+        return {name: partial(held_bytes, largest, name, *how) for name in names}
+
+    def packed_terms(phase: str, *names: str) -> Terms:
+        return {x: partial(held_bytes, packed_largest, x, phase, branches, head_offsets, workspace) for x in names}
 
     saved, laid_out, rest = {"output": LINEAR, "log-sum-exp": ROWS}, "its results laid out", ("left", "whole tensors")
     base = {**saved, "upstream gradient": LINEAR}
@@ -99,11 +127,15 @@ def dilated_law(branches: Branches, head_offsets: str, workspace: WorkspaceOf) -
             "first call": terms("forward", True),
             laid_out: {CALL_TERMS[0]: left, "log-sum-exp": ROWS, "output": output},
             "another call": {**saved, **terms("forward", False)},
+            "a call on packed rows": packed_terms("forward", *PACKED_TERMS),
+            "packed results joined": {**saved, **packed_terms("forward", "all results")},
         },
         backward_peak={
             "first call": {**base, **terms("backward", True)},
             laid_out: {**base, CALL_TERMS[0]: left_back, "dq, dk, dv": gradients},
             "another call": {**base, "dq, dk, dv": 3 * LINEAR, **terms("backward", False)},
+            "a call on packed rows": {**base, **packed_terms("backward", *PACKED_TERMS)},
+            "packed results joined": {**base, "dq, dk, dv": 3 * LINEAR, **packed_terms("backward", "all results")},
         },
         unknown=partial(refusal, workspace),
     )
