@@ -1,5 +1,6 @@
 """Dilated attention against the oracle: output and gradients, on views of any configuration; and what it refuses."""
 
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from attnlib.accuracy import RESULTS, compared
-from attnlib.core import Shape, UserError
-from attnlib.dilated import dilated, dilated_reference
-from attnlib.dilated.attention import dilated_variant
+from attnlib.core import Machine, Shape, UserError
+from attnlib.dilated import dilated, dilated_reference, law
+from attnlib.dilated.attention import dilated_variant, planned
 from attnlib.dilated.definition import dilated_reach
 from attnlib.dilated.kernels import KERNELS
+from attnlib.dilated.packing import MAX_BYTES, blocks_of, packing_of
 from attnlib.dilated.views import HEAD_OFFSETS, MAX_GRID_AXIS, branch_views
 from attnlib.laws import ACCOUNTS, evaluate, law_of
 from attnlib.memory.allocator import account
@@ -75,6 +77,63 @@ def test_views_hold_every_kept_row_once(config, head_offsets):
         shape = Shape(batch, heads, seq_len, 1)
         reach = dilated_reach(shape, segment_lengths=(width,), dilation_rates=(rate,), head_offsets=head_offsets)
         assert (times == reach.diagonal(dim1=-2, dim2=-1)).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("head_offsets", HEAD_OFFSETS)
+def test_packed_blocks_hold_every_kept_row_once(config, head_offsets):
+    """Each in a place of its own, those of one group without a gap."""
+    widths, rates, batch, heads, seq_len = config
+    branches = tuple(zip(widths, rates, strict=True))
+    times, held = torch.zeros(heads, seq_len), 0
+    for block in blocks_of(heads, seq_len, branches, head_offsets):
+        places = set()
+        for head, segment in itertools.product(range(heads), range(block.many)):
+            own, whole = head // block.step % block.period, block.step * block.period
+            if block.first <= own < block.last:
+                kept = torch.arange(block.rows) * block.rate + own
+                assert kept[-1] < block.length
+                times[head, block.start + segment * block.length + kept] += 1
+                places.add(
+                    head // whole * block.step * (block.last - block.first) + head % whole - block.step * block.first
+                )
+        assert places == {*range(block.members)}
+        held += block.many * block.members * block.rows
+    how = {"segment_lengths": widths, "dilation_rates": rates, "head_offsets": head_offsets}
+    assert (times == dilated_reach(Shape(1, heads, seq_len, 1), **how).diagonal(dim1=-2, dim2=-1)).all()
+    packing = packing_of(Shape(batch, heads, seq_len, 8), branches, head_offsets, Machine("cuda"))
+    assert packing is None or sum(packing.sizes) == batch * held
+
+
+def test_short_sequences_are_packed_on_a_gpu():
+    branches = ((16, 1), (32, 2), (64, 4))
+    long = MAX_BYTES // (4 * 64 * 2)
+    ways = {
+        n: packing_of(Shape(1, 4, n, 64, "bfloat16"), branches, "modulo", Machine("cuda")) for n in (64, long, 2 * long)
+    }
+    assert ways[64].groups == [(4 * (4 + 2 + 1), 16)] and ways[long] and not ways[2 * long]
+    assert packing_of(Shape(1, 4, 64, 64), branches, "modulo", Machine("cpu")) is None
+    assert packing_of(Shape(1, 4, 64, 64), ((64, 1),), "modulo", Machine("cuda")) is None, "one call as it is"
+
+
+@pytest.fixture
+def nothing_packed(monkeypatch):
+    """Views also where a GPU would pack."""
+    known = packing_of, planned, law.largest, law.packed_largest
+    monkeypatch.setattr("attnlib.dilated.packing.MAX_BYTES", 0)
+    for one in known:
+        one.cache_clear()
+    yield
+    for one in known:
+        one.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS[:4], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_short_views_equal_the_oracle_and_their_law(config, causal, nothing_packed):
+    test_equals_the_oracle(config, "bfloat16", "modulo", causal, "cuda")
+    test_law_equals_the_allocator(config, "modulo", causal, "cuda")
 
 
 @pytest.mark.parametrize(("heads", "rate", "count"), [(16, 4, 4), (16, 16, 1), (16, 1, 1), (3, 8, 1), (12, 5, 3)])
