@@ -13,13 +13,9 @@ from nbconvert.exporters import MarkdownExporter
 from nbconvert.preprocessors import Preprocessor, TagRemovePreprocessor
 
 from attnlib.core import Machine, UserError
+from report.skipping import plain
 
 HERE = Path(__file__).parent
-
-
-def plain(text: str) -> str:
-    """Any text as Markdown of one line that shows it as it is."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
 
 
 def cell_of(text: str, notice: str):

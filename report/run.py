@@ -120,15 +120,16 @@ class Run:
         """Whether there are rows of that name to be had: measured now, or once."""
         return not self.replay or self.path(name).exists()
 
-    def of_chapter(self, notebook: str, name: str) -> pd.DataFrame:
-        """The rows of a sweep of points that another chapter measured on this machine.
+    def of_chapter(self, notebook: str, name: str, numbers: Iterable[str] = ()) -> pd.DataFrame:
+        """The rows of a sweep of points that another chapter measured on this machine, or, with `numbers`, of other
+        jobs, see `collect`.
 
         Raises NotMeasured, which says by what command, where there are none."""
         path = self.path(name).with_name(f"{notebook}_{name}.csv")
         if not path.exists():
             text = f"Chapter {int(notebook)} was not measured on this device yet"
             raise NotMeasured(f"{text} (*{name}*): `make report ONLY={notebook}`.")
-        return stored.load(self.folder, path.stem)
+        return stored.rows_of(path, numbers) if numbers else stored.load(self.folder, path.stem)
 
     def full_only(self, what: str):
         """Raise NotMeasured in the quick profile, which leaves `what` to the full one."""

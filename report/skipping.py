@@ -5,6 +5,7 @@ a CPU. A Run rewrites each cell before it is executed. In a build a cell that fa
 
 import ast
 import dis
+import re
 from collections.abc import Callable
 from textwrap import shorten
 from types import CodeType
@@ -19,6 +20,11 @@ LOADS, STORES = {"LOAD_NAME", "LOAD_GLOBAL"}, {"STORE_NAME", "STORE_GLOBAL"}
 
 class NotMeasured(UserError):
     """What a cell asks for is not to be had on this device; the text says what, for the reader."""
+
+
+def plain(text: str) -> str:
+    """Any text as Markdown of one line that shows it as it is."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
 
 
 def names(code: CodeType) -> tuple[set[str], set[str]]:
@@ -80,13 +86,12 @@ class Skipping(ast.NodeTransformer):
     def left_out(self, error: Exception, made: list[str]):
         """Say why, in place of what the cell makes. Raises an error as it came where there is no build to note it."""
         text = " ".join(str(error).split())
-        why = (
-            text
-            if isinstance(error, NotMeasured)
-            else shorten(f"This part failed: {type(error).__name__}: {text}", 300)
-        )
-        if not isinstance(error, NotMeasured) and not self.note(why):
-            raise error
+        why = text
+        if not isinstance(error, NotMeasured):
+            why = shorten(f"This part failed: {type(error).__name__}: {text}", 300)
+            if not self.note(why):
+                raise error
+            why = plain(why)
         self.missing |= dict.fromkeys(made, why)
         self.tell(why)
 

@@ -115,13 +115,13 @@ def load(device: str, name: str, names: Iterable[str] = ()) -> pd.DataFrame:
 
 
 def machine_of(folder: str, prefix: str = "") -> Machine:
-    """The machine that the first CSV of data/<folder>/ whose name starts with `prefix` was measured on.
-
-    Its `date` names the day of each of these CSVs. Raises UserError if there is no such data."""
+    """The machine that the first CSV of data/<folder>/ whose name starts with `prefix` was measured on, or, where there
+    is none, the first CSV of all. Its `date` names the day of each of these. Raises UserError if there are no data."""
     known = machines(ROOT / "data" / folder)
-    paths = sorted((ROOT / "data" / folder).glob(f"{prefix or '[0-9]'}*.csv"))
+    paths = sorted((ROOT / "data" / folder).glob("[0-9]*.csv"))
+    paths = [path for path in paths if path.name.startswith(prefix)] or paths
     if not paths:
-        raise UserError(f"data/{folder} has no CSV {prefix}*.csv")
+        raise UserError(f"data/{folder} has no CSV of rows")
     facts = known[rows_of(paths[0])["machine"].iloc[0]]
     days = {facts.get("dates", {}).get(path.stem, facts["date"]) for path in paths}
     return replace(Machine.from_facts(facts), date=" and ".join(sorted(days)))

@@ -1,17 +1,26 @@
 """Published tables give their closed forms, to the printed digit; damaged ones give one line."""
 
+import csv
 import itertools
+import json
 import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from attnlib.core import Shape, UserError
-from attnlib.laws import evaluate
+from attnlib.laws import ACCOUNTS, SCORES, evaluate
+from attnlib.memory.allocator import account
+from attnlib.memory.check import wrapped_scalars
 from attnlib.rows import SIZES
+from attnlib.variants.naive import naive
+from report.audit import split_heads
+from report.programs import BY_AMAX, by_amax, forward_only, program_004, scaling_factor, variant_004
 from report.published import EVERY, MEANING, TERMS, beyond, closed_forms, dependencies, read, reproduce, terms_for
 
-PUBLISHED = Path(__file__).parent.parent / "data" / "published"
+ROOT = Path(__file__).parent.parent
+PUBLISHED, NOTEBOOKS = ROOT / "data" / "published", sorted((ROOT / "notebooks").glob("*.ipynb"))
 GTX, CPU, A800 = (PUBLISHED / f"{name}_naive_sweep.csv" for name in ("000_gtx1080", "001_cpu", "002_a800"))
 MIB = "memory_before_backward_mib"
 # file, column, figures, terms, how many closed forms there are up to 16 and up to 32 of each term
@@ -187,3 +196,52 @@ def test_every_term_has_a_meaning_and_every_file_is_sound():
         timed = "cs336" not in path.name  # of which memory alone is taken
         phases = ["forward_ms"] * timed + ["backward_ms"] * (timed and "dilated" not in path.name)  # 004: forward alone
         assert set(SIZES[:5]) < set(read(path, *phases))
+
+
+ITEMS = [*csv.DictReader((ROOT / "data" / "items.csv").open(encoding="utf-8"))]
+OUTCOMES = {"reproduced", "re-derived", "differs", "not testable", "partial", "missing"}
+
+
+def test_every_item_of_the_five_reports_points_to_what_is_there():
+    """Labels of tables and figures, or a heading after "§": each stands in a notebook."""
+    sources = [cell["source"] for path in NOTEBOOKS for cell in json.loads(path.read_text("utf-8"))["cells"]]
+    lines = {line.strip() for source in sources for line in source}
+    labels = {line.split()[-1] for line in lines if line.startswith("#| label:")}
+    headings = {line.lstrip("# ") for line in lines if line.startswith("##")}
+    for item in ITEMS:
+        first, _, heading = item["where"].partition("§ ")
+        for label in first.split():
+            assert label in labels, item
+        found = [one for one in headings if heading.startswith(one)]
+        assert not heading or found and {*heading.removeprefix(max(found, key=len)).split()} <= labels, item
+        assert {item["gpu"], item["cpu"]} <= OUTCOMES and item["verdict"]
+        assert item["where"] or {item["gpu"], item["cpu"]} <= {"missing", "not testable"}, item
+    assert {item["report"] for item in ITEMS} == {"000", "001", "002", "003", "004"}
+
+
+def test_report_002s_program_keeps_three_matrices_to_the_byte():
+    for shape in (Shape(8, 1, 256, 16), Shape(2, 3, 300, 8, causal=True), Shape(1, 2, 33, 40)):
+        seen = account(BY_AMAX, *shape.inputs(), causal=shape.causal, backward=True)
+        off = [seen[f"{one}_bytes"] - BY_AMAX.law.bytes(one, shape) for one in ACCOUNTS]
+        assert all(0 <= nbytes <= wrapped_scalars("cpu") for nbytes in off)
+        assert seen["saved_bytes"] // evaluate(SCORES, shape) >= 3
+    q, k, v = Shape(1, 2, 40, 8).inputs()
+    torch.testing.assert_close(by_amax(q, k, v, causal=True), naive(q, k, v, causal=True))
+
+
+def test_report_004s_program_is_its_definition_and_holds_what_it_printed():
+    """8.75 tensors of the size of Q in two branches, at most one part in a thousand more: a list of positions."""
+    q, k, v = Shape(1, 8, 64, 8).inputs()
+    config = {"segment_lengths": (16, 32), "dilation_rates": (1, 2)}
+    want = split_heads(q.double(), k.double(), v.double(), **config)
+    torch.testing.assert_close(program_004(q, k, v, **config).double(), want, rtol=1e-5, atol=1e-6)
+    shape = Shape(1, 8, 1024, 64)
+    row = forward_only(variant_004((256, 512), (1, 2)), shape, "cpu", 0.01)
+    tensors = 3 + row["forward_peak_bytes"] / (shape.input_bytes / 3)
+    assert 8.75 <= tensors < 8.76
+
+
+@pytest.mark.parametrize("width, factor", [(16, "2.07"), (32, "2.00"), (64, "1.87"), (128, "1.70")])
+def test_report_000s_scaling_factors(width, factor):
+    rows = read(GTX, MIB).query(f"head_dim == '{width}' and status == 'ok'")
+    assert f"{scaling_factor([float(x) for x in rows[MIB]]):.2f}" == factor

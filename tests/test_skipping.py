@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from report import skipping
-from report.skipping import NotMeasured, Skipping, names
+from report.skipping import NotMeasured, Skipping, names, plain
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def execute(monkeypatch):
 def test_a_cell_that_fails_is_noted_in_a_build_and_raises_by_hand(execute):
     """What needs it is left out, what does not goes on."""
     with pytest.raises(KeyError):
-        execute("one = {}['two']")
+        execute("one = {}['<two>']")
     execute.built = True
-    execute("one = {}['two']")
+    execute("one = {}['<two>']")
     execute("one + 1")
     assert execute("three = 3")["three"] == 3
-    why = "This part failed: KeyError: 'two'"
-    assert execute.noted == [why] and execute.shown == [f"::: notice\n{why}\n:::"]
+    why = "This part failed: KeyError: '<two>'"
+    assert execute.noted == [why] and execute.shown == [f"::: notice\n{plain(why)}\n:::"], "as it is, not as Markdown"
 
 
 def test_what_depends_on_missing_rows_is_left_out_and_nothing_else(execute):
