@@ -1,5 +1,6 @@
 """Where memory runs out: the length that the law predicts, tried on the GPU in processes in which nothing failed."""
 
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,7 @@ def trial(case: Case, device: str) -> dict:
     other processes before; `libraries_bytes`, the workspaces that the libraries keep; and, where it does not fit, POOL
     at the moment of failure and `tried_bytes`."""
     torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{case.allocator == 'expandable'}")
+    gc.collect()
     torch.cuda.empty_cache()  # of an earlier trial
     variant, shape, (free, total) = case.variant, case.shape, torch.cuda.mem_get_info(device)
     if case.memory_bytes > free:
@@ -74,7 +76,11 @@ def trial(case: Case, device: str) -> dict:
 
 def tried(case: Case, seq_len: int, device: str, worker: Worker) -> dict:
     """`trial` of a case at `seq_len`, in a process in which nothing failed before."""
-    found = worker.call_again(trial, replace(case, shape=at_length(case.shape, seq_len)), device, timeout_s=300)
+    case = replace(case, shape=at_length(case.shape, seq_len))
+    found = worker.call_again(trial, case, device, timeout_s=300)
+    if found["fits"] is None:  # what an earlier trial has left may lack
+        worker.stop()
+        found = worker.call_again(trial, case, device, timeout_s=300)
     if not found["fits"]:
         worker.stop()
     return found

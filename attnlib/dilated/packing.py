@@ -14,7 +14,7 @@ from attnlib.core import Machine, Shape
 from attnlib.dilated.views import MAX_GRID_AXIS, Branches, all_views, offset, segments
 
 Told = tuple[tuple[int, ...], ...]
-MAX_BYTES = 32 * 2**20  # of one tensor: beyond that, copies take longer than what they save
+MAX_BYTES = 64 * 2**20  # of one tensor's packed rows: beyond that, copies take longer than what they save
 MAX_BLOCKS = 16  # the kernels go through all of them, unrolled
 
 
@@ -66,6 +66,8 @@ def blocks_of(heads: int, seq_len: int, branches: Branches, head_offsets: str) -
     """All blocks, those of the most rows first."""
     found = []
     for width, rate in branches:
+        # of all rates from which on a head keeps one row at most, the first, so that kernels see no large number
+        rate = min(rate, max(heads, seq_len))
         step, period = (1, rate) if head_offsets == "modulo" else (-(-heads // rate), heads)
         offsets = [offset(head, heads, rate, head_offsets) for head in range(heads)]
         for start, count, length in segments(seq_len, width):
@@ -83,7 +85,9 @@ def packing_of(shape: Shape, branches: Branches, head_offsets: str, machine: Mac
     sequences, and where it saves no calls."""
     sizes = shape.batch, shape.heads, shape.seq_len
     blocks = blocks_of(*sizes[1:], branches, head_offsets)
-    if machine.is_cpu or shape.input_bytes // 3 > MAX_BYTES or len(blocks) > MAX_BLOCKS:
+    rows = shape.batch * sum(block.many * block.members * block.rows for block in blocks)
+    too_much = rows * shape.head_dim * shape.element_size > MAX_BYTES
+    if machine.is_cpu or too_much or len(blocks) > MAX_BLOCKS:
         return None
     groups: list[tuple[int, int]] = []
     at, placed = list[int](), list[Block]()
