@@ -74,13 +74,15 @@ def with_counts(rows: pd.DataFrame, points: Sequence[tuple[Variant, Shape]], mac
     )
 
 
-def gains(rows: pd.DataFrame, base: str) -> pd.DataFrame:
-    """`seq_len, variant, ms`, forward and backward; `gain`, the speed-up over `base` at that length; `promised`, by the
-    operations; `kept`, what was reached of that. Where a point has no time, its status stands for `ms`."""
-    dense = rows[rows["variant"] == base].set_index("seq_len")
-    rows = rows.sort_values("seq_len", kind="stable")
-    gain = rows["seq_len"].map(dense["forward_backward_ms"]) / rows["forward_backward_ms"]
-    promised = rows["seq_len"].map(dense["operations"]) / rows["operations"]
+def gains(rows: pd.DataFrame, bases: Mapping[str, str]) -> pd.DataFrame:
+    """`seq_len, variant, ms`, forward and backward; `gain`, the speed-up over the variant that `bases` has for it, at
+    that length; `promised`, by the operations; `kept`, what was reached of that. Where a point has no time, its status
+    stands for `ms`."""
+    rows = rows.sort_values("seq_len", kind="stable").reset_index(drop=True)
+    known = rows.set_index(["variant", "seq_len"])[["forward_backward_ms", "operations"]]
+    dense = known.reindex(zip(rows["variant"].map(bases), rows["seq_len"], strict=True)).reset_index(drop=True)
+    gain = dense["forward_backward_ms"] / rows["forward_backward_ms"]
+    promised = dense["operations"] / rows["operations"]
     ms = rows["forward_backward_ms"].astype(object).where(rows["forward_backward_ms"].notna(), rows["status"])
     return rows[["seq_len", "variant"]].assign(ms=ms, gain=gain, promised=promised, kept=gain / promised)
 

@@ -19,7 +19,7 @@ from attnlib.core import DTYPES, PHASES, Shape
 from attnlib.laws import LINEAR, ROWS, SCORES, SCORES32, Law, Variant, evaluate
 from attnlib.memory.allocator import account
 from attnlib.rows import shape_of
-from attnlib.timing.clock import estimate, time_passes
+from attnlib.timing.clock import FEWEST, estimate, time_passes
 from attnlib.timing.measure import fitting, statistics
 from attnlib.timing.sweep import Job, point_name
 from attnlib.variants.block import block_inputs, transformer_block
@@ -168,7 +168,7 @@ def table_001(beside: pd.DataFrame) -> pd.DataFrame:
     columns = {"d_model": beside["head_dim"], "seq_len": beside["seq_len"]}
     for phase in PHASES:
         measured = beside[[f"{phase}_ms_mean", f"{phase}_ms_std", f"{phase}_ms_count"]].to_numpy()
-        here = [NO_FIGURE if few < 5 else f"{digits(mean)} ± {digits(off)}" for mean, off, few in measured]
+        here = [NO_FIGURE if few < FEWEST else f"{digits(mean)} ± {digits(off)}" for mean, off, few in measured]
         there = beside[[f"{phase}_ms_theirs", f"{phase}_ms_std_theirs"]].to_numpy()
         columns[f"{phase} ms"] = [f"{one} ({mean} ± {off})" for one, (mean, off) in zip(here, there, strict=True)]
     held = {"forward": beside["saved_bytes"] + inputs, "backward": beside["backward_peak_bytes"] + inputs}

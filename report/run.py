@@ -85,10 +85,13 @@ class Run:
     ) -> pd.DataFrame:
         """The rows of `(variant, shape)` points, measured now, or loaded if this is a replay: then those there are.
 
-        budget_s: seconds of timing for each point, at most the profile's; patience_s: up to which a point gets all its
-        passes nevertheless, see timing.measure. Raises NotMeasured in a replay without such rows."""
+        budget_s: seconds of timing for each point, at most the profile's own in the quick one; patience_s: up to which
+        a point gets all its passes nevertheless, see timing.measure. Raises NotMeasured in a replay without such
+        rows."""
         if not self.replay:
-            jobs = point_jobs(points, self.device, min(budget_s or math.inf, self.profile.budget_s), patience_s)
+            seconds = budget_s or self.profile.budget_s
+            seconds = min(seconds, self.profile.budget_s) if self.profile.suffix else seconds
+            jobs = point_jobs(points, self.device, seconds, patience_s)
             self._collect(name, jobs, worker=self.worker, timeout_s=self.profile.timeout_s)
         self._must_have(name)
         return stored.load(self.folder, self.path(name).stem, {variant.name for variant, _ in points})

@@ -132,8 +132,9 @@ def test_a_remedy_without_a_time_costs_no_other_its_own():
             "operations": [80, 10, 20],
         }
     )
-    gained = dilated_tables.gains(rows, "flash").set_index("variant")
+    bases = dict.fromkeys(rows["variant"], "flash")
+    gained = dilated_tables.gains(rows, bases).set_index("variant")
     assert gained.loc["window", ["ms", "gain", "promised", "kept"]].tolist() == [1.0, 4.0, 8.0, 0.5]
     assert gained.loc["strided", "ms"] == "oom" and math.isnan(gained.loc["strided", "kept"])
-    without = dilated_tables.gains(rows.assign(forward_backward_ms=[nan, 1.0, nan]), "flash")
+    without = dilated_tables.gains(rows.assign(forward_backward_ms=[nan, 1.0, nan]), bases)
     assert without["ms"].tolist() == ["ok", 1.0, "oom"] and without["kept"].isna().all()

@@ -1,6 +1,7 @@
 """The memory that is free: in containers less than the machine's, and more than what is not in use."""
 
 import pytest
+import torch
 
 from attnlib.timing import room
 
@@ -62,3 +63,29 @@ def test_without_a_limit_there_is_none(container):
 def test_never_less_than_nothing(monkeypatch):
     monkeypatch.setattr(room, "container_free", lambda: -1)
     assert room.memory_free("cpu") == 0
+
+
+def test_a_gpu_has_no_more_room_than_pytorch_is_allowed(monkeypatch):
+    """140 GiB, of which 135 are free, and a process that may have a tenth, holds 4 GiB, and uses 1 of them."""
+    seen = {"mem_get_info": (135 * GIB, 140 * GIB), "get_per_process_memory_fraction": 0.1}
+    seen |= {"memory_reserved": 4 * GIB, "memory_allocated": GIB}
+    for name, answer in seen.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    assert room.memory_free("cuda") == (14 - 1) * GIB
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    assert room.memory_free("cuda") == (135 + 4 - 1) * GIB
+
+
+@pytest.mark.gpu
+def test_a_capped_allocator_gives_what_it_is_said_to_give():
+    device = torch.device("cuda", 0)
+    torch.cuda.set_per_process_memory_fraction(0.02, device)
+    try:
+        free = room.memory_free(device)
+        assert free < 0.03 * torch.cuda.get_device_properties(device).total_memory
+        torch.empty(free - 2**22, dtype=torch.int8, device=device)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(free + 2**22, dtype=torch.int8, device=device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.empty_cache()

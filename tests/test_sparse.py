@@ -24,9 +24,9 @@ def test_pairs_are_those_that_are_seen(name, causal, seq_len):
 def test_patterns_are_what_their_names_say():
     seen = {name: variant.reach(Shape(1, 1, 4096, 16)) for name, variant in PATTERNS.items()}
     assert seen["window"][2000].nonzero().squeeze().tolist() == list(range(2000 - 512, 2000 + 513))
-    assert seen["strided"][4000, [4000 - 1024, 4000 - 1025, 4000 - 1023]].tolist() == [1, 0, 1]
+    assert seen["strided"][4000, [4000 - 1024, 4000 - 1025, 4000 - 511]].tolist() == [1, 0, 1]
     per_block = seen["random_blocks"][::FLEX_BLOCK, ::FLEX_BLOCK].sum(-1)
-    assert set(per_block.tolist()) <= {8, 9}, "eight others, or seven where its own block was drawn"
+    assert set(per_block.tolist()) <= {7, 8}, "seven others, or six where its own block was drawn"
 
 
 @pytest.mark.parametrize("name", PATTERNS)

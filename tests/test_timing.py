@@ -105,11 +105,12 @@ def test_all_passes_are_made_within_the_budget_or_our_patience():
     seconds = dict(zip(TIMED, (0.1, 0.2, 0.3), strict=True))
     assert sample_counts(seconds, 61, 0) == sample_counts(seconds, 2, 61) == dict.fromkeys(TIMED, PASSES)
     assert sample_counts(seconds, 2, 59) == dict(zip(TIMED, (6, 3, 2), strict=True))
+    assert sample_counts(seconds, 4, 0) == dict(zip(TIMED, (13, 6, 5), strict=True)), "five fit in the whole of it"
     assert sample_counts(seconds, 0.2, 0) == dict.fromkeys(TIMED, 1)
     assert sample_counts(seconds, 59, 0) == dict(zip(TIMED, (PASSES, 98, 65), strict=True))
 
 
-@pytest.mark.parametrize(("patience_s", "counts"), [(0, (10, 5, 3)), (61, (PASSES,) * 3)])
+@pytest.mark.parametrize(("patience_s", "counts"), [(0, (10, 5, 5)), (61, (PASSES,) * 3)])
 def test_a_point_gets_the_passes_it_is_estimated_to_have(monkeypatch, patience_s, counts):
     """Estimates of 0.1 and 0.2 s, and so of 0.3 s for both; each phase is timed with its own launches."""
     guesses = {phase: (0.1 * at, float(at)) for at, phase in enumerate(TIMED, 1)}

@@ -19,7 +19,7 @@ def place(heads, rows, blocks, D, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     return (program // (blocks * heads)).to(tl.int64), h.to(tl.int64), n.to(tl.int64), d, n < rows, cells
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rows", "blocks"])
 def merge_tiles(
     o, lse, part, part_lse, ob, oh, on, lb, lh, ln, pb, ph, pn, qb, qh, qn,
     heads, rows, blocks, D, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -36,7 +36,7 @@ def merge_tiles(
     tl.store(lse, tl.maximum(old, new) + tl.log(1 + tl.exp(-tl.abs(old - new))), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rows", "blocks"])
 def into_tiles(
     targets, sources, to, at,
     heads, rows, blocks, D, WIDTH: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
@@ -64,7 +64,7 @@ def spot(block, b, h, n):
     return kept, (base + ((b.to(tl.int32) * count + segment) * members + member) * rows + at // rate).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "heads", "rows", "blocks"])
 def pack_rows(
     tensors, at, packed, lse, packed_lse, total, told,
     heads, rows, blocks, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -82,7 +82,7 @@ def pack_rows(
             tl.store(packed_lse + row, values, inside & kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rows", "blocks"])
 def join_rows(
     o, lse, at, parts, part_lses, told,
     heads, rows, blocks, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -105,7 +105,7 @@ def join_rows(
     tl.store(lse + (b * heads + h) * rows + n, highest + tl.log(weights), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rows", "blocks"])
 def total_rows(
     totals, at, parts, told,
     heads, rows, blocks, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,

@@ -17,6 +17,7 @@ from attnlib.core import UserError
 from attnlib.rows import STATISTICS
 
 PASSES, WARM_UPS = 100, 5  # the published protocol's numbers of timed passes and of those before them
+FEWEST = 5  # passes that a mean and a deviation are told of
 CYCLES_PER_MS = 2_000_000  # of a waiting kernel, at about the highest clock that GPUs have
 LONGEST_WAIT_MS = 10.0  # of time_passes: a call with thousands of launches is not hidden whole, or it would take hours
 CACHE_BYTES = 256 * 2**20  # overwritten before each pass, more than any cache holds, as triton's do_bench does

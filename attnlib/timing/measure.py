@@ -12,7 +12,7 @@ from attnlib.core import PHASES, Shape, UserError
 from attnlib.laws import Variant, bytes_needed, law_of
 from attnlib.memory.allocator import account
 from attnlib.rows import TIMED
-from attnlib.timing.clock import PASSES, estimate, fitting, longest_kernel, statistics, time_passes
+from attnlib.timing.clock import FEWEST, PASSES, estimate, fitting, longest_kernel, statistics, time_passes
 from attnlib.timing.machine import resolve, state
 from attnlib.timing.room import memory_free
 
@@ -43,10 +43,13 @@ def predicted_shortage(variant: Variant, shape: Shape) -> dict | None:
 
 def sample_counts(seconds: Mapping[str, float], budget_s: float, patience_s: float) -> dict[str, int]:
     """How often each of TIMED is called, from what one call of each takes: PASSES if all of these together take less
-    than `budget_s` or `patience_s` seconds, else as often as fits in a third of the budget."""
-    if PASSES * sum(seconds.values()) < max(budget_s, patience_s):
+    than `budget_s` or `patience_s` seconds, else as often as fits in a third of the budget, but FEWEST at least if all
+    of these fit in the whole."""
+    together = sum(seconds.values())
+    if PASSES * together < max(budget_s, patience_s):
         return dict.fromkeys(seconds, PASSES)
-    return {phase: fitting(one, budget_s / len(TIMED)) for phase, one in seconds.items()}
+    least = FEWEST if FEWEST * together < budget_s else 1
+    return {phase: max(least, fitting(one, budget_s / len(TIMED))) for phase, one in seconds.items()}
 
 
 @ordinary()

@@ -41,9 +41,12 @@ def container_free(process: Path = Path("/proc/self/cgroup"), root: Path = Path(
 
 
 def memory_free(device: str | torch.device) -> int:
-    """Bytes that a new allocation can get, with what PyTorch holds unused; on the CPU of the container, if any."""
+    """Bytes that a new allocation can get, with what PyTorch holds unused: of a GPU up to the share of it that PyTorch
+    is allowed (`torch.cuda.set_per_process_memory_fraction`); on the CPU of the container, if any."""
     if torch.device(device).type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        free, whole = torch.cuda.mem_get_info(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * whole)
+        held = torch.cuda.memory_reserved(device)
+        return max(0, min(free, allowed - held)) + held - torch.cuda.memory_allocated(device)
     free, limited = psutil.virtual_memory().available, container_free()
     return free if limited is None else max(0, min(free, limited))

@@ -124,6 +124,7 @@ def sparse_variant(name: str, pattern: Pattern, number: int) -> Variant:
     )
 
 
+# about a thousand keys for each query
 WINDOW = sparse_variant("window", window, 1024)
-STRIDED = sparse_variant("strided", strided, 1024)
-RANDOM_BLOCKS = sparse_variant("random_blocks", random_blocks, 8)
+STRIDED = sparse_variant("strided", strided, 512)
+RANDOM_BLOCKS = sparse_variant("random_blocks", random_blocks, 7)
