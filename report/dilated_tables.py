@@ -1,13 +1,12 @@
 """What notebook 04 asks for and makes of the answers: the published points, their tables, and who sees whom."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandas as pd
 import torch
 
 from attnlib.core import Device, Shape
-from attnlib.dilated.attention import dilated_variant
 from attnlib.laws import Variant, evaluate
 from attnlib.rows import POINT
 from report.stored import published_rows
@@ -31,13 +30,13 @@ def report_004() -> pd.DataFrame:
     return rows.assign(variant=[label(*config) for config in rows[[*configs]].itertuples(index=False)])
 
 
-def published_points(dtype: str, longest: int, kernel: str) -> list[tuple[Variant, Shape]]:
-    """The points of published report 004 up to a length, in its order, each once: dilated attention over a kernel."""
+def published_points(dtype: str, longest: int, make: Callable[..., Variant]) -> list[tuple[Variant, Shape]]:
+    """The points of published report 004 up to a length, in its order, each once, with what
+    `make(segment_lengths, dilation_rates)` gives."""
     found = {}
     for row in report_004().query("seq_len <= @longest").itertuples():
-        variant = dilated_variant(row.variant, row.segment_lengths, row.dilation_rates, kernel=kernel)
         shape = Shape(row.batch, row.heads, row.seq_len, row.head_dim, dtype)
-        found[row.variant, shape] = (variant, shape)
+        found.setdefault((row.variant, shape), (make(row.segment_lengths, row.dilation_rates), shape))
     return list(found.values())
 
 

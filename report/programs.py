@@ -1,7 +1,7 @@
 """Programs that the published reports measured, restated in a few lines and with the same tensors alive, to be run.
 
-Tensors are `[B, H, N, D]`. Report 002's softmax and 004's `DilatedAttention` (its repository, see report.audit, commit
-8b036b95) are read from text and code; autocast and the stack of blocks are what reports recommend in words."""
+Tensors are `[B, H, N, D]`. Report 002's softmax is read from its text; autocast and the stack of blocks are what
+reports recommend in words."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,23 +11,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnlib.core import DTYPES, PHASES, Shape
 from attnlib.laws import LINEAR, ROWS, SCORES, SCORES32, Law, Variant, evaluate
-from attnlib.memory.allocator import account
-from attnlib.rows import shape_of
-from attnlib.timing.clock import FEWEST, estimate, time_passes
-from attnlib.timing.measure import fitting, statistics
-from attnlib.timing.sweep import Job, point_name
+from attnlib.timing.clock import FEWEST
 from attnlib.variants.block import block_inputs, transformer_block
 from attnlib.variants.naive import MASK, NAIVE, NAIVE_CUSTOM, scaled_scores
-from report.dilated_tables import report_004
 from report.tables import NO_FIGURE, digits
-
-FORWARD_ONLY = ["batch", "heads", "seq_len", "head_dim", "forward_ms", "forward_ms_count", "forward_peak_bytes"]
 
 
 def by_amax(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
@@ -78,87 +70,6 @@ def stack_variant(depth: int, recompute: bool) -> Variant:
     name = f"{depth} blocks{' recomputed' * recompute}"
     fn = partial(stack, depth=depth, recompute=recompute)
     return replace(NAIVE, name=name, fn=fn, inputs=block_inputs, inner=NAIVE, law=None, traffic=None, ledgered=False)
-
-
-@torch.no_grad()
-def program_004(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
-    segment_lengths: Sequence[int], dilation_rates: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """The forward pass that 004 measured: each branch has a share of the heads, which are copied before rows are taken
-    from the copies; names of one branch live on until the next branch takes them over."""
-    rows = [x.transpose(1, 2) for x in (q, k, v)]
-    (batch, seq_len, heads, width), count = rows[0].shape, len(segment_lengths)
-    out, last = q.new_zeros(batch, seq_len, heads, width), 0
-    copies, cut, kept, flat = ([q] * 3 for _ in range(4))
-    for index, (segment, rate) in enumerate(zip(segment_lengths, dilation_rates, strict=True)):
-        first, last = last, last + heads // count + (index < heads % count)
-        for at, x in enumerate(rows):
-            copies[at] = x[:, :, first:last].contiguous()
-        for at, x in enumerate(copies):
-            cut[at] = x.view(batch, -1, segment, last - first, width)
-        at_rows = torch.arange(index % rate, segment, rate, device=q.device)
-        for at, x in enumerate(cut):
-            kept[at] = x[:, :, at_rows] if rate > 1 else x
-        for at, x in enumerate(kept):
-            flat[at] = x.flatten(0, 1).transpose(1, 2)
-        o = F.scaled_dot_product_attention(*flat, is_causal=causal).transpose(1, 2).reshape(kept[0].shape)
-        part = out[:, :, first:last].view(batch, -1, segment, last - first, width)
-        if rate > 1:
-            part[:, :, at_rows] = part[:, :, at_rows] + o
-        else:
-            part = part + o
-        out[:, :, first:last] = part.view(batch, seq_len, last - first, width)
-    out = out / count
-    return out.transpose(1, 2)
-
-
-def forward_only(variant: Variant, shape: Shape, device: str, budget_s: float) -> dict[str, Any]:
-    """A forward pass without gradients, as 004 measured: its peak, above the inputs, and its time."""
-    small = variant.inputs(replace(shape, batch=1), device)
-    variant.fn(*small, causal=shape.causal)
-    inputs = variant.inputs(shape, device)
-    row = {"program": variant.name, **shape.columns()}  # no point of a sweep, which has a backward pass
-    row |= {"forward_peak_bytes": account(variant, *inputs, causal=shape.causal, backward=False)["forward_peak_bytes"]}
-    fn = partial(variant.fn, *inputs, causal=shape.causal)
-    seconds, launch_ms = estimate(fn, device, budget_s)
-    return row | statistics("forward", time_passes(fn, device, fitting(seconds, budget_s), launch_ms))
-
-
-def forward_jobs(points: Sequence[tuple[Variant, Shape]], device: str, budget_s: float) -> list[Job]:
-    """`forward_only` of each `(variant, shape)`, as jobs."""
-    return [Job(point_name(*one), forward_only, (*one, device, budget_s)) for one in points]
-
-
-def variant_004(segment_lengths: Sequence[int], dilation_rates: Sequence[int]) -> Variant:
-    """`program_004` as a Variant of a forward pass, called by its branches."""
-    config = {"segment_lengths": tuple(segment_lengths), "dilation_rates": tuple(dilation_rates)}
-    name = "004 " + " ".join(f"{w}/{r}" for w, r in zip(*config.values(), strict=True))
-    return replace(NAIVE, name=name, fn=partial(program_004, **config), law=None, traffic=None, ledgered=False)
-
-
-def points_004(longest: int, dtype: str) -> list[tuple[Variant, Shape]]:
-    """004's program at the points of its tables up to a length, each once."""
-    found = {}
-    for row in report_004().query("seq_len <= @longest").itertuples():
-        one = variant_004(row.segment_lengths, row.dilation_rates)
-        shape = Shape(row.batch, row.heads, row.seq_len, row.head_dim, dtype)
-        found.setdefault((one.name, shape), (one, shape))
-    return list(found.values())
-
-
-def beside_program_004(rows: pd.DataFrame) -> pd.DataFrame:
-    """Report 004's tables with the rows of its program joined to them, columns `_theirs` and `_ours`; `tensors` and
-    `tensors_theirs`, the peak with the inputs in tensors of the size of Q, of which a published one has two bytes."""
-    sized = [shape_of(row).input_bytes / 3 for row in rows.to_dict("records")]
-    rows = rows.assign(tensors=rows["forward_peak_bytes"] / sized + 3)
-    rows["kib_per_token"] = rows["tensors"] * sized / rows["batch"] / rows["seq_len"] / 1024
-    tables = report_004()
-    configs = tables[["segment_lengths", "dilation_rates"]].itertuples(index=False)
-    tables = tables.assign(program=[variant_004(*config).name for config in configs])
-    one = 2 * tables[["batch", "heads", "seq_len", "head_dim"]].prod(axis=1)
-    tables["tensors_theirs"] = tables["memory_mib"] * 2**20 / one
-    return tables.merge(rows, on=["program", "batch", "heads", "seq_len", "head_dim"], suffixes=("_theirs", "_ours"))
 
 
 def table_001(beside: pd.DataFrame) -> pd.DataFrame:

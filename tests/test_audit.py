@@ -8,6 +8,7 @@ import torch
 
 from attnlib.core import Shape
 from attnlib.dilated import dilated_reference
+from attnlib.dilated.attention import dilated_variant
 from attnlib.timing.measure import measure
 from report import audit, dilated_tables
 
@@ -98,8 +99,12 @@ def test_what_is_raced_against_is_measured_like_a_variant(device):
     assert row["status"] == "ok" and row["saved_bytes"] > 0
 
 
+def labelled(*config):
+    return dilated_variant(dilated_tables.label(*config), *config)
+
+
 def test_the_published_points_are_all_there():
-    points = dilated_tables.published_points("float32", 16384, "cpu")
+    points = dilated_tables.published_points("float32", 16384, labelled)
     assert len(points) == 17  # of 22 rows, five are of points that other rows have
     for row in dilated_tables.report_004().itertuples():
         shape = Shape(row.batch, row.heads, row.seq_len, row.head_dim)
@@ -108,7 +113,7 @@ def test_the_published_points_are_all_there():
 
 def test_points_that_were_not_measured_have_no_row():
     """In whatever order the rows stand, and whatever else stands there: the counts follow the rows."""
-    points = dilated_tables.published_points("float32", 1024, "cpu")
+    points = dilated_tables.published_points("float32", 1024, labelled)
     rows = pd.DataFrame([{"variant": v.name, **s.columns(), "forward_peak_bytes": 1} for v, s in points])
     counted = dilated_tables.with_counts(rows, points)
     assert len(counted) == len(points) and (counted["operations"] > 0).all()

@@ -39,9 +39,14 @@ def merge(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         tensors = o, lse, part, part_lse
         launch(merge_tiles, o, *tensors, *itertools.chain(*strides(tensors)))
     else:
-        weight = torch.sigmoid(part_lse - lse)
-        o.lerp_(part, weight.to(o.dtype).unsqueeze(-1))  # nothing is rounded where both are equal
-        torch.logaddexp(lse, part_lse, out=lse)
+        merge_plainly(o, lse, part, part_lse)
+
+
+def merge_plainly(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """`merge` by PyTorch's own operations."""
+    weight = torch.sigmoid(part_lse - lse)
+    o.lerp_(part, weight.to(o.dtype).unsqueeze(-1))  # nothing is rounded where both are equal
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
