@@ -69,6 +69,7 @@ def test_a_gpu_has_no_more_room_than_pytorch_is_allowed(monkeypatch):
     """140 GiB, of which 135 are free, and a process that may have a tenth, holds 4 GiB, and uses 1 of them."""
     seen = {"mem_get_info": (135 * GIB, 140 * GIB), "get_per_process_memory_fraction": 0.1}
     seen |= {"memory_reserved": 4 * GIB, "memory_allocated": GIB}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for name, answer in seen.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     assert room.memory_free("cuda") == (14 - 1) * GIB
@@ -77,9 +78,9 @@ def test_a_gpu_has_no_more_room_than_pytorch_is_allowed(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_capped_allocator_gives_what_it_is_said_to_give():
-    device = torch.device("cuda", 0)
-    torch.cuda.set_per_process_memory_fraction(0.02, device)
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_capped_allocator_gives_what_it_is_said_to_give(device):
+    torch.cuda.set_per_process_memory_fraction(0.02, 0)
     try:
         free = room.memory_free(device)
         assert free < 0.03 * torch.cuda.get_device_properties(device).total_memory
@@ -87,5 +88,5 @@ def test_a_capped_allocator_gives_what_it_is_said_to_give():
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(free + 2**22, dtype=torch.int8, device=device)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
         torch.cuda.empty_cache()

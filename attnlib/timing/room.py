@@ -45,7 +45,9 @@ def memory_free(device: str | torch.device) -> int:
     is allowed (`torch.cuda.set_per_process_memory_fraction`); on the CPU of the container, if any."""
     if torch.device(device).type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * whole)
+        index = torch.device(device).index  # for which "cuda" will not do
+        at = torch.cuda.current_device() if index is None else index
+        allowed = int(torch.cuda.get_per_process_memory_fraction(at) * whole)
         held = torch.cuda.memory_reserved(device)
         return max(0, min(free, allowed - held)) + held - torch.cuda.memory_allocated(device)
     free, limited = psutil.virtual_memory().available, container_free()
