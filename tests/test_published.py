@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attnlib.core import Shape, UserError
-from attnlib.laws import ACCOUNTS, SCORES, evaluate
+from attnlib import VARIANTS
+from attnlib.core import PHASES, Shape, UserError
+from attnlib.laws import ACCOUNTS, LINEAR, SCORES, evaluate
 from attnlib.memory.allocator import account
 from attnlib.memory.check import wrapped_scalars
 from attnlib.rows import SIZES
@@ -339,3 +341,37 @@ def test_report_004s_peaks_are_blocks_of_the_allocator(monkeypatch, row):
 def test_report_000s_scaling_factors(width, factor):
     rows = read(GTX, MIB).query(f"head_dim == '{width}' and status == 'ok'")
     assert f"{scaling_factor([float(x) for x in rows[MIB]]):.2f}" == factor
+
+
+def test_report_001s_matrices_and_summary_follow_from_its_rows():
+    """The size of one matrix in every row; averages and extremes of its nine, as it prints them."""
+    rows = read(CPU, "attention_matrix_mb")
+    sized = [Shape(4, 1, int(row.seq_len), int(row.head_dim)) for row in rows.itertuples()]
+    assert [f"{evaluate(SCORES, shape) / 1e6:.1f}" for shape in sized] == rows["attention_matrix_mb"].tolist()
+    forward, backward = (rows[f"{phase}_ms"].astype(float) for phase in PHASES)
+    summary = forward.mean(), backward.mean(), forward.min(), forward.max()
+    assert [f"{figure:.2f}" for figure in summary] == ["36.48", "38.79", "0.29", "107.12"]
+
+
+def test_report_002s_components_and_remedies_follow_from_laws():
+    """Its list at batch 8, N = 16384, width 16, in MiB; what four programs keep there, with the inputs, in GiB."""
+    own = Shape(8, 1, 16384, 16)
+    assert [evaluate(term, own) / 2**20 for term in (LINEAR, 3 * LINEAR, SCORES)] == [8, 24, 8192]
+    listed = (BY_AMAX, 3), (VARIANTS["naive"], 1), (VARIANTS["naive_weights_only"], 1)  # 002 says 2 of the second
+    for one, matrices in listed:
+        kept = one.law.bytes("saved", own, "cuda") + own.input_bytes
+        assert round(kept / 2**30) == 8 * matrices and kept // evaluate(SCORES, own) == matrices
+    fused = replace(own, causal=True)
+    kept = VARIANTS["sdpa_efficient"].law.bytes("saved", fused, "cuda") + own.input_bytes
+    assert round(kept / 2**20, 1) == 32.5, "it prints about 32 MB"
+
+
+def test_report_004s_factors_and_bytes_per_token_follow_from_its_rows():
+    rows = report_004().query("table == 'length'")
+    ms = rows["forward_ms"].tolist()
+    assert [f"{one / ms[0]:.1f}" for one in ms] == ["1.0", "2.7", "10.2", "28.9", "149.8"]
+    kib = rows["memory_mib"] * 1024 / rows["batch"] / rows["seq_len"]
+    assert kib.iloc[2:].tolist() == [8.75] * 3 and all(8.75 <= one <= 8.85 for one in kib)
+    assert [f"{1e3 * 512 / ms[0]:,.0f}", f"{2 * 1024e3 / 8.3:,.0f}"] == ["320,000", "246,747"], (
+        "it prints 316,102, 245,546"
+    )
