@@ -42,9 +42,11 @@ def cut(ran, reason: str):
             cell.outputs = [output for output in cell.outputs if output.output_type != "error"]
 
 
-def labels(notebooks: Iterable[Path]) -> list[str]:
-    """The labels that the notebooks' cells declare, which a text may refer to even where a cell made nothing."""
+def labels(notebooks: Iterable[Path], tag: str = "") -> list[str]:
+    """The labels that the notebooks' cells declare, which a text may refer to even where a cell made nothing; with a
+    `tag` those of cells that have it."""
     cells = [cell for notebook in notebooks for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+    cells = [cell for cell in cells if not tag or tag in cell.metadata.get("tags", [])]
     return [label for cell in cells for label in re.findall(r'^#\| *label: *"?([^"\s]+)', cell.source, re.MULTILINE)]
 
 

@@ -21,7 +21,7 @@ from attnlib.laws import Variant
 from attnlib.memory.allocator import observe
 from attnlib.memory.ledger import Ledger
 from attnlib.rows import SIZES, shape_of
-from attnlib.timing.clock import alone, estimate, fitting, statistics, time_passes
+from attnlib.timing.clock import FEWEST, alone, estimate, fitting, statistics, time_passes
 from attnlib.timing.sweep import Job, point_name
 from attnlib.variants.naive import NAIVE
 from report.dilated_tables import report_004
@@ -78,7 +78,7 @@ def forward_only(variant: Variant, shape: Shape, device: str, budget_s: float) -
         row[column] = (seen.allocated or seen.requested)["forward_peak"] + sum(x.nbytes for x in held)
         held = [fn()]
     seconds, launch_ms = estimate(fn, device, budget_s)
-    return row | statistics("forward", time_passes(fn, device, fitting(seconds, budget_s), launch_ms))
+    return row | statistics("forward", time_passes(fn, device, max(FEWEST, fitting(seconds, budget_s)), launch_ms))
 
 
 def forward_jobs(points: Sequence[tuple[Variant, Shape]], device: str, budget_s: float) -> list[Job]:
@@ -139,8 +139,6 @@ def beside_program_004(rows: pd.DataFrame) -> pd.DataFrame:
     tables = report_004().assign(program=[variant_004(*config).name for config in configs])
     both = tables.merge(rows, on=["program", *SIZES[:4]], suffixes=("_theirs", "_ours"))
     sized = [shape_of(row).input_bytes for row in both.assign(dtype=both["dtype_ours"]).to_dict("records")]
-    followed = both["table"].isin(["quick", "segments"])
-    held = both["peak_bytes"].where(followed, both["first_peak_bytes"]) + sized
-    theirs = both["memory_mib"] * 2**20 / both[[*SIZES[:4]]].prod(axis=1) / 2
-    kib = held / both["batch"] / both["seq_len"] / 1024
-    return both.assign(tensors=3 * held / sized, tensors_theirs=theirs, kib_per_token=kib)
+    held = both["peak_bytes"].where(both["table"].isin(["quick", "segments"]), both["first_peak_bytes"]) + sized
+    both["tensors_theirs"] = both["memory_mib"] * 2**20 / both[[*SIZES[:4]]].prod(axis=1) / 2
+    return both.assign(tensors=3 * held / sized, kib_per_token=held / both["batch"] / both["seq_len"] / 1024)

@@ -356,6 +356,7 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path, mortal):
 
 def test_what_an_interrupted_call_would_have_answered_is_not_taken_for_the_next_answer():
     """An interrupt falls between a question and its answer: the answer must not come to whoever asks next."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process ignores
     with Worker() as worker:
         worker.call(max, 0, 1)
         # to the main thread, which waits: a signal that another thread gets does not wake it
@@ -363,6 +364,7 @@ def test_what_an_interrupted_call_would_have_answered_is_not_taken_for_the_next_
         with pytest.raises(KeyboardInterrupt):
             worker.call(faults.sleep_and_answer, 60.0, "late")
         assert worker.call(max, 1, 2) == 2
+    signal.signal(signal.SIGINT, before)
 
 
 def test_two_variants_of_one_name_and_shape_are_refused():
