@@ -54,11 +54,7 @@ def sample_counts(seconds: Mapping[str, float], budget_s: float, patience_s: flo
 
 @ordinary()
 def measure(
-    variant: Variant,
-    shape: Shape,
-    device: str | torch.device = "cpu",
-    budget_s: float = 6.0,
-    patience_s: float = 0.0,
+    variant: Variant, shape: Shape, device: str | torch.device = "cpu", budget_s: float = 6.0, patience_s: float = 0.0
 ) -> dict:
     """Measure one point: memory from the allocator, then the time of forward, of backward, and of both together.
 
