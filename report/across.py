@@ -32,11 +32,8 @@ def beside(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
         own = with_floors(own[(own["variant"] == PROGRAM) & (own["head_dim"] == D_MODEL)].reset_index(drop=True), where)
         least = own["forward_floor_ms"] + own["backward_floor_ms"]
         known = {"source": name, "published": False, "points": points, "equal": equal, "least_ms": least}
-        rates = {
-            "copy": max(where.ceilings["copy_gb_s"].values()),
-            "product": where.ceilings["gemm_tflop_s"]["float32"],
-        }
-        found.append(own.assign(**known, **rates))
+        copy, product = max(where.ceilings["copy_gb_s"].values()), where.ceilings["gemm_tflop_s"]["float32"]
+        found.append(own.assign(**known, copy=copy, product=product))
     every = pd.concat(found).query("head_dim == @D_MODEL")
     every = every.assign(ms=every["forward_ms"] + every["backward_ms"])
     return every.sort_values("seq_len", kind="stable").reset_index(drop=True)

@@ -6,7 +6,7 @@ which published report 004 measures (src/dilated_attention_pytorch/dilated_atten
 (model.py). A boolean mask over LongNet's own pattern was found nowhere, and is the definition that text often suggests.
 Tensors are `[B, H, N, D]`, configurations those of dilated.dilated."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,23 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnlib.accuracy import RESULTS, results_of
-from attnlib.core import Shape, oracle
+from attnlib.core import Shape, dense_reach, oracle
 from attnlib.dilated.attention import dilated_variant
 from attnlib.dilated.definition import dilated_reach
+from attnlib.dilated.kernels import KERNELS
 from attnlib.laws import Variant
 
 
-def flash_and_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def flash_and_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Sequence[Tensor]:
     """o and its log-sum-exp by PyTorch's flash kernel, differentiable in o alone."""
-    if q.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return KERNELS["flash" if q.is_cuda else "cpu"].forward(q, k, v, causal)
 
 
-def exact_and_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def exact_and_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Sequence[Tensor]:
     """The same in float64, without a kernel."""
-    seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.float64)
-    seen = seen.tril() if causal else seen
+    seen = dense_reach(Shape(*q.shape, causal=causal))
     scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
     return oracle(q, k, v, seen), torch.logsumexp(scores + seen.log(), -1)
 
@@ -75,11 +73,6 @@ def by_definition(
     return oracle(q, k, v, seen.clamp(max=most) if most else seen)
 
 
-def boolean_mask(q, k, v, **config) -> Tensor:
-    """One softmax over the set of keys that any branch sees, each once."""
-    return by_definition(q, k, v, **config, most=1)
-
-
 def mean_merge(q, k, v, *, segment_lengths, dilation_rates, causal=False) -> Tensor:
     """Every head runs every branch, and their outputs are averaged."""
     branches = zip(segment_lengths, dilation_rates, strict=True)
@@ -117,7 +110,7 @@ PUBLIC_DEFINITIONS = {
     "fkodom: sum and groups": (partial(split_heads, by_sum=True), "modulo"),
     "004: groups": (split_heads, "modulo"),
     "mean-merge": (mean_merge, "modulo"),
-    "boolean mask": (boolean_mask, "modulo"),
+    "boolean mask": (partial(by_definition, most=1), "modulo"),  # over the set of keys that any branch sees, each once
 }
 
 

@@ -13,11 +13,6 @@ from report.stored import published_rows
 from report.tables import NO_FIGURE, digits, table
 
 
-def numbers_in(text: str) -> tuple[int, ...]:
-    """ "1 2 4" as numbers."""
-    return tuple(int(word) for word in text.split())
-
-
 def label(segment_lengths: Iterable[int], dilation_rates: Iterable[int]) -> str:
     """A configuration in few characters: "w 256, 512 · r 1, 2"."""
     return f"w {', '.join(map(str, segment_lengths))} · r {', '.join(map(str, dilation_rates))}"
@@ -26,7 +21,7 @@ def label(segment_lengths: Iterable[int], dilation_rates: Iterable[int]) -> str:
 def report_004() -> pd.DataFrame:
     """The tables of published report 004, its configurations as numbers and, as `variant`, by their `label`."""
     rows, configs = published_rows("004_gtx1080_dilated"), ("segment_lengths", "dilation_rates")
-    rows = rows.assign(**{column: rows[column].map(numbers_in) for column in configs})
+    rows = rows.assign(**{one: [tuple(map(int, text.split())) for text in rows[one]] for one in configs})
     return rows.assign(variant=[label(*config) for config in rows[[*configs]].itertuples(index=False)])
 
 
@@ -38,12 +33,6 @@ def published_points(dtype: str, longest: int, make: Callable[..., Variant]) -> 
         shape = Shape(row.batch, row.heads, row.seq_len, row.head_dim, dtype)
         found.setdefault((row.variant, shape), (make(row.segment_lengths, row.dilation_rates), shape))
     return list(found.values())
-
-
-def beside_004(rows: pd.DataFrame) -> pd.DataFrame:
-    """Report 004's tables with the rows measured here joined to them: columns `_theirs` and `_ours`."""
-    keys = ["variant", "batch", "heads", "seq_len", "head_dim"]
-    return report_004().merge(rows, on=keys, suffixes=("_theirs", "_ours"))
 
 
 def along(both: pd.DataFrame, name: str, axis: str):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 from nbconvert.exporters import MarkdownExporter
-from nbconvert.preprocessors import Preprocessor, TagRemovePreprocessor
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor, Preprocessor, TagRemovePreprocessor
 
 from attnlib.core import Machine, UserError
 from report.skipping import plain
@@ -33,10 +33,7 @@ def cut(ran, reason: str):
     """Drop what comes after the last cell that was begun, and that cell's error; say so in its place."""
     begun = [at for at, cell in enumerate(ran.cells) if cell.metadata.get("papermill", {}).get("start_time")]
     notice = f"**This chapter stopped here:** {plain(reason)}. The rest of it is missing."
-    if begun:
-        ran.cells = [*ran.cells[: begun[-1] + 1], cell_of("", notice)]
-    else:
-        ran.cells = [cell_of(heading(ran), notice)]
+    ran.cells = [*ran.cells[: begun[-1] + 1], cell_of("", notice)] if begun else [cell_of(heading(ran), notice)]
     for cell in ran.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.output_type != "error"]
@@ -46,13 +43,12 @@ def labels(notebooks: Iterable[Path], tag: str = "") -> list[str]:
     """The labels that the notebooks' cells declare, which a text may refer to even where a cell made nothing; with a
     `tag` those of cells that have it."""
     cells = [cell for notebook in notebooks for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
-    cells = [cell for cell in cells if not tag or tag in cell.metadata.get("tags", [])]
-    return [label for cell in cells for label in re.findall(r'^#\| *label: *"?([^"\s]+)', cell.source, re.MULTILINE)]
+    texts = [cell.source for cell in cells if not tag or tag in cell.metadata.get("tags", [])]
+    return [label for text in texts for label in re.findall(r'^#\| *label: *"?([^"\s]+)', text, re.MULTILINE)]
 
 
 class Cells(Preprocessor):
-    """Takes label and caption out of a cell's `#| key: "value"` comments, stderr out of its outputs, and
-    joins what was printed in a row, which may arrive in pieces."""
+    """Takes label and caption out of a cell's `#| key: "value"` comments, and stderr out of its outputs."""
 
     def preprocess_cell(self, cell, resources, index):
         """One cell at a time, as nbconvert calls it."""
@@ -64,12 +60,7 @@ class Cells(Preprocessor):
                 name, value = line.removeprefix("#|").split(":", 1)
                 cell.metadata[name.strip()] = value.strip().strip('"')
             cell.source = "\n".join(line for line in lines if line not in options).strip()
-            outputs, cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"], []
-            for output in outputs:
-                if output.output_type == "stream" and cell.outputs and cell.outputs[-1].output_type == "stream":
-                    cell.outputs[-1].text += output.text
-                else:
-                    cell.outputs.append(output)
+            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
         return cell, resources
 
 
@@ -82,13 +73,12 @@ def markdown(notebooks: list[Path], folder: Path) -> str:
     )
     paths = [str(HERE / "markdown"), *MarkdownExporter().template_paths]
     exporter = MarkdownExporter(template_name="markdown", template_paths=paths)
-    exporter.register_preprocessor(Cells(), enabled=True)
-    exporter.register_preprocessor(tags, enabled=True)
+    for step in (Cells(), CoalesceStreamsPreprocessor(), tags):  # what is printed in a row may arrive in pieces
+        exporter.register_preprocessor(step, enabled=True)
     texts = []
     for notebook in notebooks:
-        text, resources = exporter.from_notebook_node(
-            nbformat.read(notebook, 4), {"unique_key": notebook.stem, "output_files_dir": "."}
-        )
+        names = {"unique_key": notebook.stem, "output_files_dir": "."}
+        text, resources = exporter.from_notebook_node(nbformat.read(notebook, 4), names)
         texts.append(text)
         for name, data in resources["outputs"].items():
             (folder / name).write_bytes(data)

@@ -93,12 +93,6 @@ def search(case: Case, device: str) -> list[dict]:
     The law's N and the next are tried first. Where they do not run and fail as predicted, what the pool was seen to
     lose gives the next guess, down to one that runs, and bisection finds the N from which it does not: to the token or,
     where one MiB holds many, to that MiB. It is 1 where nothing ran."""
-    with Worker() as worker:
-        return searched(case, device, worker)
-
-
-def searched(case: Case, device: str, worker: Worker) -> list[dict]:
-    """`search` by a worker."""
     variant, seen = case.variant, dict[int, dict]()
 
     def longest(lost: int) -> int:
@@ -109,28 +103,29 @@ def searched(case: Case, device: str, worker: Worker) -> list[dict]:
             seen[seq_len] = tried(case, seq_len, device, worker)
         return seen[seq_len]["fits"]
 
-    fits(2)  # cuDNN refuses a single key
-    start = seen[2]
-    if start["fits"] is None:
-        return []
-    room = start["memory_bytes"] - start["libraries_bytes"]
+    with Worker() as worker:
+        fits(2)  # cuDNN refuses a single key
+        start = seen[2]
+        if start["fits"] is None:
+            return []
+        room = start["memory_bytes"] - start["libraries_bytes"]
 
-    low = predicted = longest(0)
-    grain = step = max(1, predicted - longest(2**20))
-    while low > 1 and not fits(low):
-        lost = seen[low].get("reserved_bytes", 0) - seen[low].get("requested_bytes", 0)
-        low, step = max(1, min(low - step, longest(lost))), 2 * step
-    high, step = min((n for n, found in seen.items() if n > low and not found["fits"]), default=low + grain), grain
-    while fits(high):  # against the law
-        low, step = high, 2 * step
-        high = low + step
-    while high - low > grain:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    need = bytes_needed(variant, at_length(case.shape, high), device, case.phase) + start["libraries_bytes"]
-    row = name_of(case) | {name: start[name] for name in ROOM}
-    row |= dict(zip(FOUND, (predicted, low, len(seen) - 1, need), strict=True))
-    return [row | {name: seen[high].get(name) for name in (*POOL, "tried_bytes")}]
+        low = predicted = longest(0)
+        grain = step = max(1, predicted - longest(2**20))
+        while low > 1 and not fits(low):
+            lost = seen[low].get("reserved_bytes", 0) - seen[low].get("requested_bytes", 0)
+            low, step = max(1, min(low - step, longest(lost))), 2 * step
+        high, step = min((n for n, found in seen.items() if n > low and not found["fits"]), default=low + grain), grain
+        while fits(high):  # against the law
+            low, step = high, 2 * step
+            high = low + step
+        while high - low > grain:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        need = bytes_needed(variant, at_length(case.shape, high), device, case.phase) + start["libraries_bytes"]
+        row = name_of(case) | {name: start[name] for name in ROOM}
+        row |= dict(zip(FOUND, (predicted, low, len(seen) - 1, need), strict=True))
+        return [row | {name: seen[high].get(name) for name in (*POOL, "tried_bytes")}]
 
 
 def name_of(case: Case) -> dict:

@@ -39,11 +39,8 @@ def with_floors(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
 def booked(cases: Sequence[tuple[Variant, Shape]], machine: Machine, seen: pd.DataFrame | None = None) -> pd.DataFrame:
     """check.compare for each case, beside what the allocator saw of it, the rows `seen`, without which a case is left
     out."""
-    if seen is None:
-        return pd.DataFrame([check.compare(*case, machine) for case in cases])
-    there = set(seen[[*POINT]].itertuples(index=False, name=None))
-    rows = [check.compare(*one, machine) for one in cases if (one[0].name, *one[1].columns().values()) in there]
-    return pd.DataFrame(check.with_observed(rows, seen.to_dict("records")))
+    rows = pd.DataFrame([check.compare(*case, machine) for case in cases])
+    return rows if seen is None else rows.merge(seen[[*POINT, *check.SEEN]], on=[*POINT])
 
 
 def agreement(rows: pd.DataFrame, variants: Mapping[str, Variant], machine: Machine) -> dict[str, tuple[int, int]]:

@@ -184,9 +184,8 @@ def ledger_traffic(variants: Iterable[Variant], shape: Shape, machine: Machine) 
 def memory_crossover(first: Variant, second: Variant, shape: Shape, phase: str, machine: Machine) -> int:
     """The N from which on `second` needs less memory than `first`, by their laws; 1 if it always does."""
 
-    def less(n: int) -> bool:
-        mine, theirs = (bytes_needed(one, at_length(shape, n), machine, phase) for one in (second, first))
-        return mine < theirs
+    def need(one: Variant, n: int) -> int:
+        return bytes_needed(one, at_length(shape, n), machine, phase)
 
     longest = 4096  # from there on the matrices decide
-    return next((n + 1 for n in range(longest, 0, -1) if not less(n)), 1)
+    return next((n + 1 for n in range(longest, 0, -1) if need(second, n) >= need(first, n)), 1)

@@ -61,7 +61,7 @@ class Run:
 
     def __init__(self, notebook, device="auto", profile_name="full", replay=False, *, anew=False):
         self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
-        self.skipping = Skipping(self._failed)
+        self.skipping = Skipping(lambda text: self._keep({"kind": "error", "claim": text}))
         self.skipping.install()
         if replay:
             self.folder, self.machine = device, stored.machine_of(device, notebook[:2])
@@ -71,10 +71,9 @@ class Run:
         machine = self.worker.call(describe, self.device)
         self.folder = machine.slug + self.profile.suffix
         known = {} if anew else self._facts().get(machine.machine, {}).get("ceilings", {})
-        known = known if "graph_us" in known else {}  # else they are of an older make
-        self.machine = replace(
-            machine, ceilings=known or self.worker.call(ceilings, self.device, self.profile.ceiling_s)
-        )
+        if "graph_us" not in known:  # there are none, or of an older make
+            known = self.worker.call(ceilings, self.device, self.profile.ceiling_s)
+        self.machine = replace(machine, ceilings=known)
 
     def path(self, name: str) -> Path:
         """The file of this notebook's rows called `name`: data/<device>/<notebook number>_<name>.csv."""
@@ -108,8 +107,8 @@ class Run:
             if apart:
                 self.worker.stop()  # it gives the device back, so that all of it can be had
             self._collect(name, jobs, worker=None if apart else self.worker, lanes=lanes, room_bytes=room_bytes)
-        if not self.replay and not self.path(name).exists():
-            raise NotMeasured(f"Nothing could be measured here for *{name}* of chapter {int(self.notebook[:2])}.")
+            if not self.path(name).exists():
+                raise NotMeasured(f"Nothing could be measured here for *{name}* of chapter {int(self.notebook[:2])}.")
         self._must_have(name)
         return stored.rows_of(self.path(name), numbers)
 
@@ -185,18 +184,13 @@ class Run:
 
     def _note(self, kind: str, text: str, expected, measured, holds: bool) -> bool:
         """Keep a law or an observation for the build."""
-        self.claims.append(
-            {"kind": kind, "claim": text, "expected": str(expected), "measured": str(measured), "holds": holds}
-        )
+        figures = {"expected": str(expected), "measured": str(measured)}
+        self.claims.append({"kind": kind, "claim": text, **figures, "holds": holds})
         self._keep(self.claims[-1])
         return holds
 
-    def _failed(self, text: str) -> bool:
-        """Keep for a build that a cell failed; False if there is none."""
-        return self._keep({"kind": "error", "claim": text})
-
     def _keep(self, record: dict) -> bool:
-        """Write a record for the build, where there is one."""
+        """Write a record for the build, where there is one; whether there is."""
         if path := os.environ.get(CLAIMS):
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

@@ -65,17 +65,13 @@ class Skipping(ast.NodeTransformer):
                 self.tell(why)
             return ast.Module([], [])
         self.told = ""
-        for name in made:
-            self.missing.pop(name, None)
+        self.missing = {name: why for name, why in self.missing.items() if name not in made}
         if not tree.body:
             return tree
-        *body, last = tree.body
-        if isinstance(last, ast.Expr):
-            last = ast.Expr(
-                ast.Call(ast.Attribute(ast.Name("_skipping", ast.Load()), "show", ast.Load()), [last.value], [])
-            )
+        if isinstance(last := tree.body[-1], ast.Expr):
+            last.value = ast.Call(ast.parse("_skipping.show", mode="eval").body, [last.value], [])
         frame = ast.parse(f"try:\n    pass\nexcept Exception as error:\n    _skipping.left_out(error, {sorted(made)})")
-        frame.body[0].body = [*body, last]
+        frame.body[0].body = tree.body
         return ast.fix_missing_locations(frame)
 
     def show(self, value: object):
@@ -85,10 +81,9 @@ class Skipping(ast.NodeTransformer):
 
     def left_out(self, error: Exception, made: list[str]):
         """Say why, in place of what the cell makes. Raises an error as it came where there is no build to note it."""
-        text = " ".join(str(error).split())
-        why = text
+        why = " ".join(str(error).split())
         if not isinstance(error, NotMeasured):
-            why = shorten(f"This part failed: {type(error).__name__}: {text}", 300)
+            why = shorten(f"This part failed: {type(error).__name__}: {why}", 300)
             if not self.note(why):
                 raise error
             why = plain(why)

@@ -44,9 +44,7 @@ def machines(folder: Path) -> dict[str, dict]:
         raise UserError(f"no data for device {asked!r} (there is: {', '.join(devices())})")
     try:
         known = json.loads((folder / "machine.json").read_text("utf-8"))
-        if all(
-            facts["machine"] == machine and facts["kind"] and "ceilings" in facts for machine, facts in known.items()
-        ):
+        if all(one["machine"] == name and one["kind"] and "ceilings" in one for name, one in known.items()):
             return known
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         pass
@@ -117,8 +115,7 @@ def load(device: str, name: str, names: Iterable[str] = ()) -> pd.DataFrame:
 def machine_of(folder: str, prefix: str = "") -> Machine:
     """The machine that the first CSV of data/<folder>/ whose name starts with `prefix` was measured on, or, where there
     is none, the first CSV of all. Its `date` names the day of each of these. Raises UserError if there are no data."""
-    known = machines(ROOT / "data" / folder)
-    paths = sorted((ROOT / "data" / folder).glob("[0-9]*.csv"))
+    known, paths = machines(ROOT / "data" / folder), sorted((ROOT / "data" / folder).glob("[0-9]*.csv"))
     paths = [path for path in paths if path.name.startswith(prefix)] or paths
     if not paths:
         raise UserError(f"data/{folder} has no CSV of rows")

@@ -106,7 +106,7 @@ def frontiers(rows: pd.DataFrame) -> Styler:
     """Predicted and found largest N per case, and where the difference went, in MiB."""
     rows = slack(rows).rename(columns={"head_dim": "d_model", "allocator": "pool"})
     frame = rows[["variant", *(one for one in ("d_model", "dtype") if rows[one].nunique() > 1), "phase", "pool"]]
-    frame = frame.assign(GiB=rows["memory_bytes"] / GIB, predicted=rows["predicted_seq_len"])
-    frame = frame.assign(found=rows["found_seq_len"])
+    figures = {"GiB": rows["memory_bytes"] / GIB, "predicted": rows["predicted_seq_len"]}
+    frame = frame.assign(**figures, found=rows["found_seq_len"])
     forms = {"GiB": "{:.1f}", "slack": "{:,.1f}", "tried": "{:,.1f}", "rounding": "{:.3f}", "holes": "{:,.1f}"}
     return table(frame.assign(**{one: rows[f"{one}_bytes"] / MIB for one in list(forms)[1:]}), forms)
