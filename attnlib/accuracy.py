@@ -68,10 +68,9 @@ PRODUCTS = {"three_tf32": three_tf32_matmul, "in_order": in_order_matmul}
 
 
 class _Plain(torch.autograd.Function):
-    """The same maths in the same dtype, as plainly as it can be written; `product` multiplies matrices, `bias` is 0
-    where a query sees a key, else minus infinity. With `recompute` its backward pass is that of flash kernels: the
-    weights computed again from a float32 log-sum-exp, and dS = P ∘ (dP − rowsum(dO ∘ O)); else P is kept and the sum is
-    rowsum(dP ∘ P)."""
+    """The same maths in the same dtype, plainly: `product` multiplies matrices, `bias` is 0 where a query sees a key,
+    else minus infinity. With `recompute` its backward pass is that of flash kernels: the weights again from a float32
+    log-sum-exp, and dS = P ∘ (dP − rowsum(dO ∘ O)); else P is kept and the sum is rowsum(dP ∘ P)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, product: Callable, recompute: bool) -> Tensor:
@@ -127,8 +126,7 @@ def error_squares(task: Task, fn: Attention) -> list[float]:
 
 @lru_cache(16)
 def reference_squares(task: Task, product: Callable[[Tensor, Tensor], Tensor]) -> list[list[float]]:
-    """`error_squares` of the same maths in the same dtype, once with the weights kept and once computed again. A key
-    that is seen m times stands there m times."""
+    """`error_squares` of `_Plain`, weights kept, and computed again. A key seen m times stands there m times."""
     reach = task.reach(task.shape).to(task.device)
     copies = range(max(1, int(reach.max())))
     bias = torch.cat([torch.where(reach > copy, 0.0, -math.inf) for copy in copies], dim=-1)
@@ -142,9 +140,8 @@ def reference_squares(task: Task, product: Callable[[Tensor, Tensor], Tensor]) -
 @ordinary()
 def compared(variant: Variant, shape: Shape, device: str | torch.device, draws: int = 2) -> dict:
     """For each of RESULTS the relative error `<result>_error` (Frobenius norm of the difference from the oracle over
-    the oracle's), and `<result>_of_reference`: that error over that of the least accurate of the references, or over
-    half of what rounding its `sizes` once would cost, whichever is larger. The budget is two. Of a block the attention
-    inside is compared."""
+    the oracle's), and `<result>_of_reference`, that over the least accurate reference's, or half of what rounding its
+    `sizes` once would cost, whichever is larger; the budget is two. Of a block the attention inside is compared."""
     inside, device = variant.inner or variant, torch.device(device)
     task = Task(inside.reach, shape, device, draws)
     references2 = reference_squares(task, torch.matmul)

@@ -72,8 +72,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 @contextmanager
 def ordinary() -> Iterator[None]:
-    """Gradients are recorded and autocast is off, whatever mode the caller is in: so that what is measured is what was
-    asked for."""
+    """Gradients are recorded, autocast is off, whatever the caller's mode: what is measured is what was asked for."""
     cpu, cuda = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
     with torch.inference_mode(False), torch.enable_grad(), cpu, cuda:
         yield

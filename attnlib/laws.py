@@ -144,8 +144,7 @@ def peaks_until(phase: str) -> tuple[str, ...]:
 
 
 def bytes_needed(variant: Variant, shape: Shape, machine: Device, phase: str = "backward") -> int:
-    """Bytes that are needed at once, the inputs and the highest peak; phase: see `peaks_until`. Raises UserError for a
-    variant without a law."""
+    """Bytes that inputs and the highest peak need at once; phase: see `peaks_until`. Raises UserError without a law."""
     if variant.law is None:
         raise UserError(f"{variant.name} has no law: what it needs depends on what runs underneath")
     return shape.input_bytes + max(variant.law.bytes(peak, shape, machine) for peak in peaks_until(phase))

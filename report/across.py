@@ -14,9 +14,8 @@ PROGRAM, D_MODEL = "naive_custom", 64  # what is compared, at which d_model
 
 
 def beside(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
-    """The times of PROGRAM at one d_model on each machine, `source`; of those whose ceilings are known with the floor
-    of forward and backward together, `least_ms`, and, over the machine's whole sweep, `points` and `equal`, on how many
-    of them the bytes agree with the laws."""
+    """The times of PROGRAM at one d_model on each machine, `source`; of those whose ceilings are known with `least_ms`,
+    the floor of both passes, and, over the whole sweep, `points`, and on how many the laws' bytes are `equal`."""
     found = [
         stored.published_rows(f"{file}_naive_sweep").assign(source=source, published=True)
         for source, file in PUBLISHED.items()

@@ -62,10 +62,8 @@ papermill_engines.register("keeping", Keeping)
 def execute(
     notebook: Path, target: Path, parameters: dict, kind: str, stderr: Once | TextIO | None = None
 ) -> str | None:
-    """Run a notebook into `target`, without the cells tagged for the other kind of device, or for JupyterLab. Why it
-    stopped, or None.
-
-    What ran before it stopped is kept, and a notice stands in place of the rest."""
+    """Run a notebook into `target`, without cells for the other kind of device or for JupyterLab. Why it stopped, or
+    None; what ran before is kept, and a notice stands in place of the rest."""
     draft, errors = target.with_suffix(".partial.ipynb"), stderr or sys.stderr
     given, other = nbformat.read(notebook, 4), "gpu" if kind == "cpu" else "cpu"
     given.cells = [cell for cell in given.cells if not {other, "lab"} & {*cell.metadata.get("tags", [])}]

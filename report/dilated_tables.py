@@ -63,9 +63,8 @@ def with_counts(rows: pd.DataFrame, points: Sequence[tuple[Variant, Shape]], mac
 
 
 def gains(rows: pd.DataFrame, bases: Mapping[str, str]) -> pd.DataFrame:
-    """`seq_len, variant, ms`, forward and backward; `gain`, the speed-up over the variant that `bases` has for it, at
-    that length; `promised`, by the operations; `kept`, what was reached of that. Where a point has no time, its status
-    stands for `ms`."""
+    """`seq_len, variant, ms`, of both passes, or the status where there is none; `gain`, the speed-up over the variant
+    that `bases` has for it, at that length; `promised`, by the operations; `kept`, what was reached of that."""
     rows = rows.sort_values("seq_len", kind="stable").reset_index(drop=True)
     known = rows.set_index(["variant", "seq_len"])[["forward_backward_ms", "operations"]]
     dense = known.reindex(zip(rows["variant"].map(bases), rows["seq_len"], strict=True)).reset_index(drop=True)
@@ -76,9 +75,8 @@ def gains(rows: pd.DataFrame, bases: Mapping[str, str]) -> pd.DataFrame:
 
 
 def shares(heats: pd.DataFrame, kernels: Mapping[str, str], baseline: str) -> pd.DataFrame:
-    """For each race and kernel: the rate of `dilated_<kernel>`; of the same kernel dense at the longest and at the
-    shortest length raced, `dense_tflop_s` and `short_tflop_s`; its share of each; and `gain`, how many times as fast
-    as the baseline it is."""
+    """For each race and kernel: the rate of `dilated_<kernel>`; of the kernel dense at the longest and at the shortest
+    length, `dense_tflop_s` and `short_tflop_s`; its share of each; `gain`, how many times as fast as the baseline."""
     found = []
     for names, group in heats.groupby(["head_dim", "causal", "phase"], sort=False):
         copying = group[group["variant"] == baseline].iloc[0]

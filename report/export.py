@@ -40,8 +40,7 @@ def cut(ran, reason: str):
 
 
 def labels(notebooks: Iterable[Path], tag: str = "") -> list[str]:
-    """The labels that the notebooks' cells declare, which a text may refer to even where a cell made nothing; with a
-    `tag` those of cells that have it."""
+    """The labels that cells (with a `tag`) declare, which a text may refer to even where a cell made nothing."""
     cells = [cell for notebook in notebooks for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
     texts = [cell.source for cell in cells if not tag or tag in cell.metadata.get("tags", [])]
     return [label for text in texts for label in re.findall(r'^#\| *label: *"?([^"\s]+)', text, re.MULTILINE)]

@@ -37,8 +37,7 @@ def with_floors(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
 
 
 def booked(cases: Sequence[tuple[Variant, Shape]], machine: Machine, seen: pd.DataFrame | None = None) -> pd.DataFrame:
-    """check.compare for each case, beside what the allocator saw of it, the rows `seen`, without which a case is left
-    out."""
+    """check.compare for each case; with `seen`, what the allocator saw, beside that, and for no other cases."""
     rows = pd.DataFrame([check.compare(*case, machine) for case in cases])
     return rows if seen is None else rows.merge(seen[[*POINT, *check.SEEN]], on=[*POINT])
 

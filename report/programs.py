@@ -1,7 +1,6 @@
 """Programs that the published reports measured, restated in a few lines and with the same tensors alive, to be run.
 
-Tensors are `[B, H, N, D]`. Report 002's softmax is read from its text; autocast and the stack of blocks are what
-reports recommend in words."""
+Tensors are `[B, H, N, D]`. Report 002's softmax is read from its text, autocast and the stack of blocks from advice."""
 
 import math
 from collections.abc import Callable, Sequence

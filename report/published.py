@@ -1,7 +1,6 @@
 """Read an implementation off a published memory table: the sums of tensors that print every one of its figures.
 
-A closed form is a whole number of each of TERMS. Which ones print the table is found; which tensors those were is
-inferred."""
+A closed form is a whole number of each of TERMS. Which print the table is found; which tensors they were, inferred."""
 
 import csv
 import re
@@ -42,9 +41,8 @@ UNIT_BYTES = {"mib": 2**20, "mb": 10**6}  # by the end of a column's name
 def read(path: Path, *figures: str) -> pd.DataFrame:
     """A published table with its cells as text, so that the printed precision is known, and the Shapes as `shape`.
 
-    Raises UserError, with file, line and column, if it cannot be read, lacks a column that names a shape, `status` or
-    one of `figures`, has a damaged shape, or has text, or nothing though status is ok, in a column of times or memory.
-    """
+    Raises UserError, with file, line and column, if it cannot be read, lacks `status`, one of `figures` or a shape's
+    columns, has a damaged shape, or text in a column of times or memory, or nothing though status is ok."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
@@ -79,7 +77,7 @@ def _decimals(figure: str) -> int:
 
 
 def _sizes(rows: pd.DataFrame, column: str, terms: Terms) -> tuple[pd.DataFrame, int, dict[str, np.ndarray]]:
-    """The rows with a figure in `column`, its unit in bytes, and each term's bytes in those rows, as Python's ints."""
+    """The rows with a figure in `column`, its unit in bytes, each term's bytes. Raises UserError if there are none."""
     unit = UNIT_BYTES.get(column.rpartition("_")[2])
     if column not in rows or unit is None or (rows := rows[rows[column] != ""]).empty:
         raise UserError(f"nothing to fit: no figures in a memory column {column!r}, in MiB (_mib) or MB (_mb)")
@@ -88,8 +86,7 @@ def _sizes(rows: pd.DataFrame, column: str, terms: Terms) -> tuple[pd.DataFrame,
 
 
 def terms_for(rows: pd.DataFrame, column: str) -> Terms:
-    """TERMS, and FIXED where half a last digit of every figure of `column` is less than their smallest. Raises
-    UserError if there are no figures."""
+    """TERMS, and FIXED where half a last digit of `column` is less than those. Raises UserError without figures."""
     rows, unit, _ = _sizes(rows, column, {})
     return EVERY if max(unit / 10 ** _decimals(figure) for figure in rows[column]) < 512 else TERMS
 
@@ -97,9 +94,8 @@ def terms_for(rows: pd.DataFrame, column: str) -> Terms:
 def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: Terms | None = None) -> list[dict[str, int]]:
     """Every choice of 0 to `limit` of each term that prints all figures of `column`, the fewest tensors first.
 
-    rows: from `read`; terms: `{name: bytes}`, positive formulas in the symbols of laws, else `terms_for` the column;
-    of FIXED a form names those it has. The arithmetic is exact: 22.3 MiB are 22.25 to 22.35 MiB, both included. Raises
-    UserError if there are no figures."""
+    rows: from `read`; terms: `{name: bytes}`, positive formulas in laws' symbols, else `terms_for` the column; of FIXED
+    a form names those it has. Exact: 22.3 MiB are 22.25 to 22.35, both included. Raises UserError without figures."""
     terms, own = terms or terms_for(rows, column), terms is not None
     rows, unit, sizes = _sizes(rows, column, terms)
     exact = np.array([Fraction(figure) for figure in rows[column]])

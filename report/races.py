@@ -94,9 +94,8 @@ def crossing(lengths: Iterable[int], values: Iterable[float]) -> float:
 
 
 def crossings(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each dtype, head_dim, phase and run of duels: `seq_len`, from which on `second` wins, between `low` and
-    `high`, where the whole interval of the ratio says so; `shortest` and `longest` lengths tried, `least` and `most`
-    of the ratio there."""
+    """For each of DUEL_KEYS and run of duels: `seq_len`, from which on `second` wins, between `low` and `high`, where
+    the ratio's whole interval says so; `shortest` and `longest` length tried, `least` and `most` of the ratio there."""
     found = []
     for names, cell in rows.groupby([*DUEL_KEYS, "run", "first", "second"], sort=False):
         cell = cell.sort_values("seq_len")
@@ -117,8 +116,7 @@ def length(n: float, cell: dict) -> str:
 
 
 def crossovers(cells: pd.DataFrame):
-    """A table of the lengths from which the second wins, with their intervals, from each run; and the ratios at both
-    ends."""
+    """A table of the lengths from which the second wins, with intervals, from each run; and ratios at both ends."""
     found = []
     for names, runs in cells.groupby(DUEL_KEYS, sort=False):
         one, *others = runs.sort_values("run").to_dict("records")
@@ -154,8 +152,7 @@ def inside(rows: pd.DataFrame) -> tuple[int, int]:
 
 
 def relapses(rows: pd.DataFrame) -> list[str]:
-    """A sentence for each cell of duels in which flash wins at the shortest length and loses at longer ones, whole
-    intervals."""
+    """A sentence for each cell of duels in which flash wins at the shortest length and loses later, whole intervals."""
     found = []
     for (dtype, d, phase), cell in rows.sort_values("seq_len").groupby(DUEL_KEYS, sort=False):
         lost = cell.loc[cell["high"] < 1, "seq_len"]

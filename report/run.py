@@ -55,9 +55,8 @@ class Run:
     """One notebook on one device: where its rows come from, and where its figures go.
 
     `device` is "auto", "cpu", "cuda" or "cuda:1", measured now; with `replay` it is a folder of data/ and nothing is
-    measured. `machine` is what it was measured on: in a replay nothing asks the computer at hand. anew: measure the
-    device's ceilings again, else only if this machine had none before. Raises UserError for an unknown device or
-    profile, or a folder without data."""
+    measured. `machine` is what it was measured on: in a replay nothing asks the computer at hand. anew: measure its
+    ceilings again, else only if it has none. Raises UserError for an unknown device or profile, or for no data."""
 
     def __init__(self, notebook, device="auto", profile_name="full", replay=False, *, anew=False):
         self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
@@ -84,9 +83,8 @@ class Run:
     ) -> pd.DataFrame:
         """The rows of `(variant, shape)` points, measured now, or loaded if this is a replay: then those there are.
 
-        budget_s: seconds of timing for each point, at most the profile's own in the quick one; patience_s: up to which
-        a point gets all its passes nevertheless, see timing.measure. Raises NotMeasured in a replay without such
-        rows."""
+        budget_s: seconds of timing for a point, at most the profile's own in the quick one; patience_s: up to which it
+        gets all its passes nevertheless, see timing.measure. Raises NotMeasured in a replay without such rows."""
         if not self.replay:
             seconds = budget_s or self.profile.budget_s
             seconds = min(seconds, self.profile.budget_s) if self.profile.suffix else seconds
@@ -99,8 +97,7 @@ class Run:
         """The rows of any other jobs, as `sweep`. numbers: the columns that must be there and be numbers; lanes: how
         many jobs may run side by side, as far as the device's memory has room for what they claim.
 
-        Raises UserError if the rows cannot be written or are damaged, NotMeasured if no job gave a row, or in a replay
-        without such rows."""
+        Raises UserError if rows cannot be written or are damaged, NotMeasured if no job gave one, or as `sweep`."""
         if not self.replay:
             apart = lanes > 1 or any(job.process is not None or job.here for job in jobs)
             room_bytes = self.worker.call(memory_free, self.device) if lanes > 1 else 0
@@ -123,10 +120,8 @@ class Run:
         return not self.replay or self.path(name).exists()
 
     def of_chapter(self, notebook: str, name: str, numbers: Iterable[str] = ()) -> pd.DataFrame:
-        """The rows of a sweep of points that another chapter measured on this machine, or, with `numbers`, of other
-        jobs, see `collect`.
-
-        Raises NotMeasured, which says by what command, where there are none."""
+        """The rows of a sweep that another chapter measured on this machine, or, with `numbers`, of other jobs, see
+        `collect`. Raises NotMeasured, which says by what command, where there are none."""
         path = self.path(name).with_name(f"{notebook}_{name}.csv")
         if not path.exists():
             text = f"Chapter {int(notebook)} was not measured on this device yet"
@@ -173,8 +168,7 @@ class Run:
         self._note("law", text, expected, measured, holds)
 
     def observe(self, text: str, measured: float, *, least=-math.inf, most=math.inf, form: str = ".2f") -> bool:
-        """What this machine showed beside a threshold, `least` or `most`: whether it holds here, for the sentences that
-        follow from it. It costs nobody the report."""
+        """What this machine showed beside `least` and `most`: whether it holds here. It costs nobody the report."""
         ends = {"at least": least, "at most": most}
         limits = " and ".join(f"{word} {limit:{form}}" for word, limit in ends.items() if math.isfinite(limit))
         holds = self._note("observation", text, limits, f"{measured:{form}}", bool(least <= measured <= most))

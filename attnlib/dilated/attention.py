@@ -2,14 +2,12 @@
 
 Its definition (module `definition`) comes to *one* softmax over the multiset union of the keys that its branches show:
 dense attention with the bias log(number of branches in which i sees j). Two things follow. The kept rows of all
-segments, and of heads that start at different rows, are a strided view of the tensors as they are, which a flash kernel
-takes like any other. And each branch's gradients are those of the kernel's own backward pass, called with the *merged*
-output and log-sum-exp: nothing is differentiated through the mixing, and only these two are saved. Tensors are
-`[B, H, N, D]`.
+segments, and of heads that start at different rows, are a strided view of the tensors, which a flash kernel takes like
+any other. And each branch's gradients are those of the kernel's own backward pass, called with the *merged* output and
+log-sum-exp: nothing is differentiated through the mixing, only these two are saved. Tensors are `[B, H, N, D]`.
 
 `torch.ops.attnlib.dilated` and `.dilated_backward` are the same two passes as operators that PyTorch's compiler knows.
-Their results are contiguous, as a compiler has to know beforehand; outside of one, results stay as a kernel lays them
-out, and no operator is called."""
+Their results are contiguous, as a compiler has to know; outside of one none is called, and a kernel's layout stays."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -65,8 +63,7 @@ def planned(
 
 
 def in_views(tensors: Sequence[Tensor], calls: list[View], folded: list[View]) -> tuple[list[View], list[Tensor]]:
-    """The views to go through, and tensors `[B, H, N, D]`, of which the batch is folded into the heads if all of them
-    allow."""
+    """The views to go through, and tensors `[B, H, N, D]`, their batch folded into the heads if all of them allow."""
     if folded and all(x.stride(0) == x.stride(1) * x.shape[1] for x in tensors):
         return folded, [x.flatten(0, 1).unsqueeze(0) for x in tensors]
     return calls, list(tensors)

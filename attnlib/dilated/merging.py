@@ -1,5 +1,4 @@
-"""What joins parts of attention, each in about one pass over the data: in place, by Triton on a GPU, plainly elsewhere;
-and from packed rows, on a GPU.
+"""Joins parts of attention, in about one pass: in place, by Triton or plainly; from packed rows, on a GPU alone.
 
 o, part and gradients are `[b, h, n, D]` of any strides with D contiguous, a log-sum-exp is `[b, h, n]` in float32.
 Two attentions over different keys are one over all of them if each output weighs as much as its softmax denominator

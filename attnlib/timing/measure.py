@@ -42,9 +42,8 @@ def predicted_shortage(variant: Variant, shape: Shape) -> dict | None:
 
 
 def sample_counts(seconds: Mapping[str, float], budget_s: float, patience_s: float) -> dict[str, int]:
-    """How often each of TIMED is called, from what one call of each takes: PASSES if all of these together take less
-    than `budget_s` or `patience_s` seconds, else as often as fits in a third of the budget, but FEWEST at least if all
-    of these fit in the whole."""
+    """How often each of TIMED is called, from what one call of each takes: PASSES if these take less than `budget_s` or
+    `patience_s` seconds in all, else what fits in a third of the budget, but FEWEST if those fit in the whole."""
     together = sum(seconds.values())
     if PASSES * together < max(budget_s, patience_s):
         return dict.fromkeys(seconds, PASSES)
@@ -61,9 +60,8 @@ def measure(
     Times are of the device's clock, as many as `sample_counts` says. Backward gets a random upstream gradient and is
     timed with the graph kept, through torch.autograd.grad, so that no gradient is accumulated. Returns the point's
     columns, the figures that could be had, and `status`, `phase`, `reason`: running out of memory, or a variant that
-    cannot run there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel` is
-    the name of what ran longest in the attention: of a pinned backend, its kernel. Raises UserError for a GPU that is
-    not there."""
+    cannot run there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel`
+    names what ran longest in the attention: of a backend, its kernel. Raises UserError for a GPU that is not there."""
     row = {"variant": variant.name, **shape.columns(), "status": "ok", "phase": "", "reason": ""}
     if torch.device(device).type == "cuda":
         resolve(str(device))

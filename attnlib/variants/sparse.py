@@ -112,8 +112,7 @@ def sparse_flops(pattern: Pattern, number: int, per_pair: int, shape: Shape, mac
 
 
 def sparse_variant(name: str, pattern: Pattern, number: int) -> Variant:
-    """A pattern as a Variant; what PyTorch's compiler allocates is its own choice, so there is no law. Raises UserError
-    for a `number` below 1."""
+    """A pattern as a Variant, without a law: PyTorch's compiler allocates. Raises UserError for a `number` below 1."""
     if number < 1:
         raise UserError(f"{name}: the pattern's number must be at least 1, not {number}")
     functions: tuple[Callable[..., Any], ...] = sparse_attention, sparse_flops, sparse_reach, sparse_inputs
