@@ -159,6 +159,5 @@ def useful_flops(shape: Shape, phase: str) -> int:
 
 def work(variant: Variant, shape: Shape, phase: str) -> int:
     """The useful operations of a variant in "forward" or "backward": `useful_flops` if it is dense, else its own."""
-    return (
-        useful_flops(shape, phase) if variant.reach is dense_reach else evaluate(getattr(variant.flops, phase), shape)
-    )
+    own = getattr(variant.flops, phase)
+    return useful_flops(shape, phase) if variant.reach is dense_reach else evaluate(own, shape)

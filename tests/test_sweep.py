@@ -20,7 +20,7 @@ from attnlib import VARIANTS, family
 from attnlib.core import Shape, UserError
 from attnlib.rows import COLUMNS, SCHEMA
 from attnlib.timing.sweep import Job, collect, point_jobs, run_jobs
-from attnlib.timing.worker import Worker, WorkerDied, forkserver
+from attnlib.timing.worker import Worker, WorkerDied
 
 
 def points(count, fn=faults.quick, budget_s=0.003):
@@ -99,7 +99,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path, machine, kills):
         return partial.read_bytes().count(b"origin") if partial.exists() else 0
 
     for _ in range(kills):
-        process = forkserver().Process(target=sweep_slowly, args=(path, machine, 60 * kills))
+        process = Worker().context.Process(target=sweep_slowly, args=(path, machine, 60 * kills))
         process.start()
         while process.exitcode is None and kept() <= before:
             time.sleep(0.001)
@@ -340,7 +340,7 @@ def start_a_worker(path):
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path, mortal):
     """Even if that is killed: nothing may go on holding the device."""
     path = tmp_path / "worker"
-    process = forkserver().Process(target=start_a_worker, args=(path,), daemon=False)
+    process = Worker().context.Process(target=start_a_worker, args=(path,), daemon=False)
     process.start()
     while process.exitcode is None and not (path.exists() and path.read_text()):
         time.sleep(0.01)

@@ -115,17 +115,12 @@ def at_power_limit(rows_power_w: Iterable[Any], machine: Machine) -> str | None:
 def state(device: str | torch.device) -> dict[str, float]:
     """`clock_mhz, power_w, temperature_c` of the device now, as far as it tells."""
     seen: dict[str, float] = {}
-    if torch.device(device).type == "cpu":
-        with suppress(Exception):  # systems that do not tell it raise one thing or another
-            seen["clock_mhz"] = psutil.cpu_freq().current
-        return seen
-    readers = {
-        "clock_mhz": torch.cuda.clock_rate,
-        "power_w": torch.cuda.power_draw,
-        "temperature_c": torch.cuda.temperature,
-    }
+    readers: dict[str, Callable] = {"clock_mhz": lambda _: psutil.cpu_freq().current}
+    if torch.device(device).type == "cuda":
+        known = {"clock_mhz": "clock_rate", "power_w": "power_draw", "temperature_c": "temperature"}
+        readers = {name: getattr(torch.cuda, read) for name, read in known.items()}
     for name, read in readers.items():
-        with suppress(Exception):  # a driver that hides one of them must not cost the measurement
+        with suppress(Exception):  # a system or driver that hides one of them must not cost the measurement
             seen[name] = read(device) / (1000 if name == "power_w" else 1)
     return seen
 

@@ -86,9 +86,8 @@ def measure(
         fn = partial(alone.fn, *alone.inputs(shape, device), causal=shape.causal)
         return {"kernel": longest_kernel(fn, device)}
 
-    def guess(phase: str) -> dict:
+    def guess(phase: str) -> None:
         guesses[phase] = estimate(to_time(phase), device, budget_s / len(TIMED))
-        return {}
 
     def time(phase: str) -> dict:
         fn, (_, launch_ms) = to_time(phase), guesses[phase]
@@ -96,9 +95,9 @@ def measure(
             fn()  # takes from the driver the memory that was given back since, which waits for the device
         return statistics(phase, time_passes(fn, device, counts[phase], launch_ms))
 
-    def fits(phase: str, step: Callable[[], dict]) -> bool:
+    def fits(phase: str, step: Callable[[], dict | None]) -> bool:
         try:
-            row.update(step())
+            row.update(step() or {})
         except (RuntimeError, MemoryError, UserError) as error:  # its traceback holds tensors, until it is left
             lacking = isinstance(error, (NotImplementedError, UserError))  # no such operation here, or it refuses
             if not lacking and not out_of_memory(error):
@@ -113,11 +112,10 @@ def measure(
     inputs: list[torch.Tensor] = []
     guesses: dict[str, tuple[float, ...]] = {}
 
-    def lay_out() -> dict:
+    def lay_out() -> None:
         small = variant.inputs(Shape(1, shape.heads, 16, shape.head_dim, shape.dtype, shape.causal), device)
         both(small, torch.randn_like(small[0]))  # so that the libraries' workspaces exist before memory is counted
         inputs.extend(variant.inputs(shape, device))
-        return {}
 
     seen = partial(account, variant, causal=shape.causal)
     if fits("inputs", lay_out) and fits("forward", lambda: seen(*inputs, backward=False)):

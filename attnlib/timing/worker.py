@@ -9,12 +9,10 @@ import threading
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
 from typing import Any
 
 from attnlib.core import UserError
 
-PRELOADED = ["attnlib.timing.preloaded"]
 # what cuBLAS says before it makes the context that it finds missing, and FlashAttention-4 of each kernel it compiles
 OF_NO_USE = ("Attempting to run cuBLAS", "Argument aux_data")
 
@@ -48,20 +46,15 @@ def serve(pipe: Connection) -> None:
             pipe.send((WorkerDied(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"), None))
 
 
-def forkserver() -> BaseContext:
-    """How to start many short-lived processes: from one that has imported this package, which touches no GPU."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # heeded by whoever starts the server: by all or by none
-    return context
-
-
 class Worker:
     """A process started when first called, and replaced after it has died.
 
-    It starts from a server that has imported this package, which takes no time after the first."""
+    It starts from a server that has imported this package, which takes no time after the first, and touches no GPU."""
 
     def __init__(self) -> None:
-        self.context: Any = forkserver()
+        self.context: Any = multiprocessing.get_context("forkserver")
+        # heeded by whoever starts the server: by all or by none
+        self.context.set_forkserver_preload(["attnlib.timing.preloaded"])
         self.process: Any = None
 
     def __enter__(self) -> Worker:

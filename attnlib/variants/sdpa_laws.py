@@ -147,10 +147,7 @@ CUDNN_LAW = fused_law(
 
 # the tiles of its backward on Hopper (_tile_size_bwd_sm90 in flash_attn/cute/interface.py)
 NM = round_up(N, Piecewise((128, D <= 64), (64, D <= 96), (80 - 16 * c, D <= 128), (64, True)))
-FA4_TAKES = {
-    "dq in float32": 4 * B * H * NM * Piecewise((round_up(D, 32), D <= 128), (round_up(D, 64), True)),
-    "row sums and log-sum-exp, padded": 8 * B * H * NM,
-}
+FA4_TAKES = {"dq in float32": 4 * B * H * NM * D32, "row sums and log-sum-exp, padded": 8 * B * H * NM}
 FA4_LAW = fused_law((), {"output": LINEAR, "log-sum-exp": ROWS}, {}, {"kernel": FA4_TAKES})
 
 SAFE = B * H * N**2 + B * H * N + 4  # _safe_softmax looks for rows without a key: a bool per pair, one per row, a zero
