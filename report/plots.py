@@ -80,7 +80,6 @@ def legend(figure, ax):
 
 def curves(rows, columns, *, device, ylabel, dashed, oom_phases, scale=1.0):
     """`columns` ({title: column}) against N, one panel each: measured as dots on a line, predicted (`dashed`) dashed.
-
     oom_phases: {title: phases}; a point that ran out of memory in one of them is a cross on its predicted value."""
     figure, axes = panels(list(columns), xs=rows["seq_len"], device=device, ylabel=ylabel)
     for ax, (title, column) in zip(axes, columns.items(), strict=True):

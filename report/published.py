@@ -40,7 +40,6 @@ UNIT_BYTES = {"mib": 2**20, "mb": 10**6}  # by the end of a column's name
 
 def read(path: Path, *figures: str) -> pd.DataFrame:
     """A published table with its cells as text, so that the printed precision is known, and the Shapes as `shape`.
-
     Raises UserError, with file, line and column, if it cannot be read, lacks `status`, one of `figures` or a shape's
     columns, has a damaged shape, or text in a column of times or memory, or nothing though status is ok."""
     try:
@@ -92,10 +91,9 @@ def terms_for(rows: pd.DataFrame, column: str) -> Terms:
 
 
 def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: Terms | None = None) -> list[dict[str, int]]:
-    """Every choice of 0 to `limit` of each term that prints all figures of `column`, the fewest tensors first.
-
-    rows: from `read`; terms: `{name: bytes}`, positive formulas in laws' symbols, else `terms_for` the column; of FIXED
-    a form names those it has. Exact: 22.3 MiB are 22.25 to 22.35, both included. Raises UserError without figures."""
+    """Every choice of 0 to `limit` of each term that prints all figures of `column`, the fewest tensors first. rows:
+    from `read`; terms: `{name: bytes}`, positive formulas in laws' symbols, else `terms_for` the column; of FIXED a
+    form names those it has. Exact: 22.3 MiB are 22.25 to 22.35, both included. Raises UserError without figures."""
     terms, own = terms or terms_for(rows, column), terms is not None
     rows, unit, sizes = _sizes(rows, column, terms)
     exact = np.array([Fraction(figure) for figure in rows[column]])
@@ -120,9 +118,8 @@ def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: Terms 
 
 
 def dependencies(rows: pd.DataFrame, column: str, terms: Terms = TERMS) -> list[dict[str, int]]:
-    """What `column` cannot tell apart: sums of terms that are 0 in every row, `{"S": 1, "M": -32}` for S = 32 M.
-
-    All such sums are combinations of these. Raises UserError if there are no figures."""
+    """What `column` cannot tell apart: sums of terms that are 0 in every row, `{"S": 1, "M": -32}` for S = 32 M. All
+    such sums are combinations of these. Raises UserError if there are no figures."""
     _, _, sizes = _sizes(rows, column, terms)
     found = []
     for vector in sympy.Matrix([list(column) for column in sizes.values()]).T.nullspace():
@@ -133,7 +130,6 @@ def dependencies(rows: pd.DataFrame, column: str, terms: Terms = TERMS) -> list[
 
 def reproduce(rows: pd.DataFrame, column: str, form: dict[str, int], terms: Terms = EVERY) -> pd.DataFrame:
     """Each figure of `column` beside what `form`, from `closed_forms`, prints at its precision, ties to even as Python.
-
     Columns: the shape's, `published` and `derived`, both text, and `equal`. Raises UserError if there are no figures,
     or for a form with a name that is none of `terms`."""
     rows, unit, sizes = _sizes(rows, column, known_in(terms, form))

@@ -81,7 +81,6 @@ def duelled(
 
 def crossing(lengths: Iterable[int], values: Iterable[float]) -> float:
     """The N from which on all values exceed one: between two lengths by a straight line through log(value) over log N.
-
     The shortest length if that is so everywhere, infinity if it is not so at the longest."""
     points = sorted(zip(lengths, values, strict=True), reverse=True)
     if points[0][1] <= 1:

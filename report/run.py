@@ -82,7 +82,6 @@ class Run:
         self, name: str, points: Sequence[tuple[Variant, Shape]], budget_s: float | None = None, patience_s: float = 0.0
     ) -> pd.DataFrame:
         """The rows of `(variant, shape)` points, measured now, or loaded if this is a replay: then those there are.
-
         budget_s: seconds of timing for a point, at most the profile's own in the quick one; patience_s: up to which it
         gets all its passes nevertheless, see timing.measure. Raises NotMeasured in a replay without such rows."""
         if not self.replay:
@@ -95,9 +94,8 @@ class Run:
 
     def collect(self, name: str, jobs: Sequence[Job], numbers: Iterable[str], lanes: int = 1) -> pd.DataFrame:
         """The rows of any other jobs, as `sweep`. numbers: the columns that must be there and be numbers; lanes: how
-        many jobs may run side by side, as far as the device's memory has room for what they claim.
-
-        Raises UserError if rows cannot be written or are damaged, NotMeasured if no job gave one, or as `sweep`."""
+        many jobs may run side by side, as far as the device's memory has room for what they claim. Raises UserError if
+        rows cannot be written or are damaged, NotMeasured if no job gave one, or as `sweep`."""
         if not self.replay:
             apart = lanes > 1 or any(job.process is not None or job.here for job in jobs)
             room_bytes = self.worker.call(memory_free, self.device) if lanes > 1 else 0
@@ -155,10 +153,9 @@ class Run:
         return figure
 
     def law(self, text: str, expected, measured, holds: bool | None = None):
-        """What must hold on any machine: bytes, operations, exactness, completeness.
-
-        It holds if `expected == measured`, unless `holds` says otherwise. One that is broken stands in red at its place
-        and on the first page, and the build's exit status is 1."""
+        """What must hold on any machine: bytes, operations, exactness, completeness. It holds if
+        `expected == measured`, unless `holds` says otherwise. One that is broken stands in red at its place and on the
+        first page, and the build's exit status is 1."""
         holds = bool(expected == measured if holds is None else holds)
         if holds:
             print(f"holds: {text} (expected {expected}, measured {measured})")

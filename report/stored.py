@@ -35,10 +35,9 @@ def devices() -> list[str]:
 
 
 def machines(folder: Path) -> dict[str, dict]:
-    """The machines that the CSVs of a folder were measured on: `{machine: facts}`, from machine.json.
-
-    Beside a Machine's facts, `dates` and `rows` say for each CSV when it was measured and how many rows it got. Raises
-    UserError if the folder is none of `devices()`, or the file is damaged."""
+    """The machines that the CSVs of a folder were measured on: `{machine: facts}`, from machine.json. Beside a
+    Machine's facts, `dates` and `rows` say for each CSV when it was measured and how many rows it got. Raises UserError
+    if the folder is none of `devices()`, or the file is damaged."""
     if folder.name not in devices() or folder.parent != ROOT / "data":
         asked = folder.name if folder.parent == ROOT / "data" else ""
         raise UserError(f"no data for device {asked!r} (there is: {', '.join(devices())})")
@@ -135,7 +134,6 @@ def notes_of(folder: str, machine: Machine) -> list[str]:
 
 def published_rows(name: str) -> pd.DataFrame:
     """Another report's table, data/published/<name>.csv: times in ms, memory in MiB, or MB where the column says so.
-
     Raises UserError, as published.read does, for a damaged table."""
     path = ROOT / "data" / "published" / f"{name}.csv"
     read(path)

@@ -59,7 +59,6 @@ def grid(
     form: str | Callable | None = None,
 ) -> Styler:
     """A table of `cells`, one for each row, by the columns `index` and the values of `columns`, as these first come.
-
     form: of the cells where they are numbers."""
     frame = rows.assign(cell=cells).pivot(index=index, columns=columns, values="cell")[rows[columns].unique()]
     names = [str(name) for name in frame]
@@ -68,7 +67,6 @@ def grid(
 
 def formula(law: Law, account: str, given: Mapping | None = None) -> str:
     """An account of a law in LaTeX, a line for each moment, each term named; a peak is the largest of its moments.
-
     given: `{symbol or condition: value}` put in first."""
     lines = []
     for operation, terms in law.moments(account).items():
@@ -93,7 +91,6 @@ def accounts(rows: pd.DataFrame) -> Styler:
 
 def slack(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of frontier.search with `slack_bytes`, the room that the law saw left for the N that failed, and who had it.
-
     rounding_bytes: in blocks larger than asked for; holes_bytes: reserved from the driver and in no block."""
     return rows.assign(
         slack_bytes=(rows["memory_bytes"] - rows["need_bytes"]).clip(lower=0),

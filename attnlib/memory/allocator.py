@@ -64,7 +64,6 @@ def watch_cpu(passes: Iterator[None]) -> Usage:
 @ordinary()
 def observe(variant: Variant, *inputs: torch.Tensor, causal: bool, backward: bool) -> Usage:
     """One forward pass, and one backward pass if asked for, under the eyes of the allocator of the inputs' device.
-
     inputs: what `variant.inputs` makes, `[B, H, N, D]` each of q, k, v. Run something small first, so that the
     libraries' workspaces exist. Raises torch.OutOfMemoryError where it does not fit."""
 
@@ -86,7 +85,6 @@ def observe(variant: Variant, *inputs: torch.Tensor, causal: bool, backward: boo
 
 def account(variant: Variant, *inputs: torch.Tensor, causal: bool, backward: bool) -> dict[str, int]:
     """What `observe` sees, as the columns of a row: `saved_bytes`, `forward_peak_bytes`, `backward_peak_bytes`.
-
     `memory_before_backward_bytes` is all that is allocated then, inputs and library workspaces included, as published
     reports print it; `reserved_peak_bytes` is there on CUDA only."""
     seen = observe(variant, *inputs, causal=causal, backward=backward)

@@ -29,9 +29,8 @@ CHANGING = ("notes", "driver", "power_limit_w")  # what may differ, or not be to
 
 
 def resolve(name: str) -> str:
-    """The torch device that `name` means: "auto" (the first GPU, else the CPU), "cpu", "cuda" or "cuda:1".
-
-    Raises UserError for anything else, and for a GPU that is not there."""
+    """The torch device that `name` means: "auto" (the first GPU, else the CPU), "cpu", "cuda" or "cuda:1". Raises
+    UserError for anything else, and for a GPU that is not there."""
     gpus = torch.cuda.device_count()
     if name in ("auto", "cpu"):
         return "cuda:0" if gpus and name == "auto" else "cpu"
@@ -51,7 +50,6 @@ def cpu_name() -> str:
 
 def from_driver(uuid: str) -> dict[str, Any]:
     """`driver` and `power_limit_w` of the GPU of that UUID, as far as nvidia-ml-py is there and NVIDIA's library tells.
-
     By UUID, since CUDA_VISIBLE_DEVICES changes the numbers that torch gives to GPUs, and not the library's."""
     found: dict[str, Any] = {}
     with suppress(Exception):  # a driver that hides one of them must not cost the measurement

@@ -14,9 +14,8 @@ VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_fi
 
 
 def groups(process: Path, root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """The folders of the control groups that a process is in, from its own up to the root, with their files' names.
-
-    In a container that sees its group as the root, the path that the kernel tells is not there, and the root is it."""
+    """The folders of the control groups that a process is in, from its own up to the root, with their files' names. In
+    a container that sees its group as the root, the path that the kernel tells is not there, and the root is it."""
     for line in process.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):

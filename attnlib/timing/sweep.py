@@ -134,9 +134,8 @@ def run_jobs(
 
 
 class Partial:
-    """The rows of a sweep that is not finished: a file with a JSON object a line, one for each job that is done.
-
-    A job whose line is not whole is done again. Raises UserError if another run has the file, else OSError."""
+    """The rows of a sweep that is not finished: a file with a JSON object a line, one for each job that is done. A job
+    whose line is not whole is done again. Raises UserError if another run has the file, else OSError."""
 
     def __init__(self, path: Path, machine: Machine) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,9 +47,8 @@ def serve(pipe: Connection) -> None:
 
 
 class Worker:
-    """A process started when first called, and replaced after it has died.
-
-    It starts from a server that has imported this package, which takes no time after the first, and touches no GPU."""
+    """A process started when first called, and replaced after it has died. It starts from a server that has imported
+    this package, which takes no time after the first, and touches no GPU."""
 
     def __init__(self) -> None:
         self.context: Any = multiprocessing.get_context("forkserver")
@@ -72,10 +71,9 @@ class Worker:
         self.process = None
 
     def call(self, function: Callable, *arguments: Any, timeout_s: float | None = None) -> Any:
-        """`function(*arguments)`, run in the worker.
-
-        Raises UserError as the function did, WorkerDied if the process ended or the function failed otherwise, and
-        TimeoutError after `timeout_s` seconds; after the last two the process is killed."""
+        """`function(*arguments)`, run in the worker. Raises UserError as the function did, WorkerDied if the process
+        ended or the function failed otherwise, and TimeoutError after `timeout_s` seconds; after the last two the
+        process is killed."""
         if self.process is None:
             self.pipe, theirs = self.context.Pipe()
             self.process = self.context.Process(target=serve, args=(theirs,), daemon=True)
