@@ -1,6 +1,4 @@
-"""What functions of our own share with PyTorch's when they are called: checks, autocast's rule, gradients.
-
-Inputs are q, k, v `[B, H, N, D]`."""
+"""What our functions of q, k, v `[B, H, N, D]` share with PyTorch's: checks, autocast's rule, gradients."""
 
 import inspect
 from collections.abc import Callable, Iterator

@@ -94,8 +94,7 @@ def execute(
 
 
 def own_kernel(folder: Path) -> None:
-    """Let "python3" be the interpreter that runs this, whatever kernel of that name a user or a system has installed: a
-    kernel of that name is written into `folder`, where Jupyter is told to look first."""
+    """Let "python3" be this interpreter, whatever kernel has that name elsewhere: Jupyter looks into `folder` first."""
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec = {"argv": command, "display_name": "Python 3", "language": "python"}
     write(folder / "kernels" / "python3" / "kernel.json", json.dumps(spec))

@@ -8,9 +8,11 @@ import torch
 
 from attnlib.core import Device, Shape
 from attnlib.laws import Variant, evaluate
-from attnlib.rows import POINT
+from attnlib.rows import POINT, SIZES
 from report.stored import published_rows
 from report.tables import NO_FIGURE, digits, table
+
+CONFIG = ["segment_lengths", "dilation_rates"]
 
 
 def label(segment_lengths: Iterable[int], dilation_rates: Iterable[int]) -> str:
@@ -20,19 +22,16 @@ def label(segment_lengths: Iterable[int], dilation_rates: Iterable[int]) -> str:
 
 def report_004() -> pd.DataFrame:
     """The tables of published report 004, its configurations as numbers and, as `variant`, by their `label`."""
-    rows, configs = published_rows("004_gtx1080_dilated"), ("segment_lengths", "dilation_rates")
-    rows = rows.assign(**{one: [tuple(map(int, text.split())) for text in rows[one]] for one in configs})
-    return rows.assign(variant=[label(*config) for config in rows[[*configs]].itertuples(index=False)])
+    rows = published_rows("004_gtx1080_dilated")
+    rows = rows.assign(**{one: [tuple(map(int, text.split())) for text in rows[one]] for one in CONFIG})
+    return rows.assign(variant=[label(*config) for config in rows[CONFIG].itertuples(index=False)])
 
 
 def published_points(dtype: str, longest: int, make: Callable[..., Variant]) -> list[tuple[Variant, Shape]]:
-    """The points of published report 004 up to a length, in its order, each once, with what
-    `make(segment_lengths, dilation_rates)` gives."""
-    found = {}
-    for row in report_004().query("seq_len <= @longest").itertuples():
-        shape = Shape(row.batch, row.heads, row.seq_len, row.head_dim, dtype)
-        found.setdefault((row.variant, shape), (make(row.segment_lengths, row.dilation_rates), shape))
-    return list(found.values())
+    """Report 004's points up to a length, in its order, each once, with `make(segment_lengths, dilation_rates)`."""
+    rows = report_004().query("seq_len <= @longest").drop_duplicates(["variant", *SIZES[:4]])
+    shapes = [Shape(*sizes, dtype) for sizes in rows[[*SIZES[:4]]].itertuples(index=False)]
+    return [(make(*config), shape) for config, shape in zip(rows[CONFIG].to_numpy(), shapes, strict=True)]
 
 
 def along(both: pd.DataFrame, name: str, axis: str):

@@ -16,6 +16,7 @@ from attnlib.core import Machine, UserError
 from report.skipping import plain
 
 HERE = Path(__file__).parent
+OPTION = re.compile(r'^#\| *(\w+) *: *"?(.*?)"? *$', re.MULTILINE)  # of a cell, `#| key: "value"`
 
 
 def cell_of(text: str, notice: str):
@@ -43,7 +44,7 @@ def labels(notebooks: Iterable[Path], tag: str = "") -> list[str]:
     """The labels that cells (with a `tag`) declare, which a text may refer to even where a cell made nothing."""
     cells = [cell for notebook in notebooks for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
     texts = [cell.source for cell in cells if not tag or tag in cell.metadata.get("tags", [])]
-    return [label for text in texts for label in re.findall(r'^#\| *label: *"?([^"\s]+)', text, re.MULTILINE)]
+    return [value for text in texts for name, value in OPTION.findall(text) if name == "label"]
 
 
 class Cells(Preprocessor):
@@ -53,12 +54,8 @@ class Cells(Preprocessor):
         """One cell at a time, as nbconvert calls it."""
         cell.metadata.setdefault("tags", [])
         if cell.cell_type == "code":
-            lines = cell.source.splitlines()
-            options = [line for line in lines if line.startswith("#|")]
-            for line in options:
-                name, value = line.removeprefix("#|").split(":", 1)
-                cell.metadata[name.strip()] = value.strip().strip('"')
-            cell.source = "\n".join(line for line in lines if line not in options).strip()
+            cell.metadata.update(OPTION.findall(cell.source))
+            cell.source = OPTION.sub("", cell.source).strip()
             cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
         return cell, resources
 
@@ -87,9 +84,8 @@ def markdown(notebooks: list[Path], folder: Path) -> str:
 def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared: list[str]):
     """build/<device>/report.html and report.pdf from the executed notebooks; both appear, or neither does.
 
-    notices: for the first page, as `(look, Markdown)`, where the look is "broken" or "notice"; declared: the labels
-    that a text may refer to where no figure or table has them. Raises UserError if something would be lost on the way:
-    raw HTML, a formula, a reference to what nobody declares."""
+    notices: of the first page, `(look, Markdown)` with look "broken" or "notice"; declared: labels that a text may
+    refer to where nothing has them. Raises UserError if raw HTML, a formula or an unknown reference would be lost."""
     import pypandoc
     import typst
 

@@ -135,8 +135,7 @@ def name_of(case: Case) -> dict:
 
 
 def cells(cases: Sequence[Case], device: str) -> list[dict]:
-    """The rows of cases tried at their own shapes, one after the other in one process, as a program does that goes
-    through a grid. No row where the device has not that much memory free."""
+    """The rows of cases tried in turn in one process, as programs go through a grid; none where memory lacks."""
     rows = []
     with Worker() as worker:
         for case in cases:

@@ -93,8 +93,8 @@ def curves(rows, columns, *, device, ylabel, dashed, oom_phases, scale=1.0):
 
 
 def roofline(points, *, copy_gb_s, product_tflop_s, device):
-    """Useful TFLOP/s against operations per byte of memory traffic: `points` has `variant, phase, intensity,
-    tflop_s`. The roof is the copy's rate up to where the matrix product's takes over."""
+    """Useful TFLOP/s against operations per byte: `points` has `variant, phase, intensity, tflop_s`. The roof is the
+    copy's rate up to where the matrix product's takes over."""
     figure, ax = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
     xs = [min(points["intensity"]) / 2, 1e3 * product_tflop_s / copy_gb_s, max(points["intensity"]) * 2]
     ax.plot(xs, [min(x * copy_gb_s / 1e3, product_tflop_s) for x in xs], color="black", lw=1)

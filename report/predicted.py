@@ -43,8 +43,7 @@ def booked(cases: Sequence[tuple[Variant, Shape]], machine: Machine, seen: pd.Da
 
 
 def agreement(rows: pd.DataFrame, variants: Mapping[str, Variant], machine: Machine) -> dict[str, tuple[int, int]]:
-    """`{account: (measured, equal)}` over the rows of a sweep: on how many of them law = ledger = allocator. What was
-    not measured, and a row of a variant without a law there, is left out."""
+    """`{account: (measured, equal)}` of a sweep's rows that have a law and a figure: where law = ledger = allocator."""
     found = dict.fromkeys(ACCOUNTS, (0, 0))
     for row in rows.to_dict("records"):
         both = check.compare(variants[row["variant"]], shape_of(row), machine)

@@ -111,8 +111,7 @@ def work_004(variant: Variant, shape: Shape, machine: Machine) -> dict[str, int]
 
 
 def pooled(variant: Variant, shape: Shape, device: str, passes: int) -> dict[str, Any]:
-    """Milliseconds of a forward pass on the user's clock: by PyTorch's pool as it is after the pass before, and with a
-    pool that is emptied first, so that memory comes from the driver."""
+    """Milliseconds of a forward pass on the user's clock, with the pool of the one before, and with an emptied one."""
     fn = partial(variant.fn, *variant.inputs(shape, device), causal=shape.causal)
 
     def anew() -> None:
@@ -124,8 +123,7 @@ def pooled(variant: Variant, shape: Shape, device: str, passes: int) -> dict[str
 
 
 def joined(shape: Shape, device: str, passes: int) -> dict[str, Any]:
-    """Milliseconds on the user's clock of bringing one part of attention into another of the same rows: by attnlib's
-    kernel, which goes over them once, and by PyTorch's operations."""
+    """Milliseconds on the user's clock of joining two parts of attention, by attnlib's kernel and by operations."""
     o, part, _ = (x.detach() for x in shape.inputs(device))
     rows = o, torch.randn(o.shape[:3], device=device), part, torch.randn(o.shape[:3], device=device)
     return shape.columns() | {name: median(alone(partial(join, *rows), device, passes)) for name, join in JOINS.items()}

@@ -129,8 +129,7 @@ def crossovers(cells: pd.DataFrame):
 
 
 def reproduced(run: Run, rows: pd.DataFrame, cells: pd.DataFrame) -> bool:
-    """Observe on how many crossovers, and single ratios, the second run of duels lies in the interval of the first;
-    whether on all crossovers, of which nothing is known if there was one run."""
+    """Observe how many crossovers, and single ratios, a second run finds in the first's intervals; whether all."""
     one, two = (cells[cells["run"] == number].reset_index() for number in (1, 2))
     if two.empty:
         say("There was one run, in one process: how well it repeats is not known.")

@@ -207,8 +207,7 @@ class Run:
         self._introduce(path.stem, {"dates": self.machine.date, "rows": count} if count else ())
 
     def _introduce(self, stem: str = "", notes: Mapping | tuple = ()):
-        """Describe this machine in the folder's machine.json, beside those whose rows are still there, with the `notes`
-        on the file called `stem` in place of what was noted on it before."""
+        """Describe this machine in machine.json, beside those whose rows are there, with new `notes` on `stem`."""
         folder, me, known = stored.ROOT / "data" / self.folder, self.machine.machine, self._facts()
         texts = [path.read_text("utf-8") for path in folder.glob("*.csv")]
         kept = {one: facts for one, facts in known.items() if one != me and any(one in text for text in texts)}

@@ -167,8 +167,7 @@ def _(do: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 def traced(*tensors: Any) -> bool:
-    """Whether somebody looks on who wants to see operators, not what they do: a compiler, a tracer, a mode that takes
-    part in dispatch, a tensor that is made of others."""
+    """Whether somebody looks on who wants to see operators: a compiler, a tracer, a dispatch mode, a wrapper tensor."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return True
     return any(type(x) is not Tensor and is_traceable_wrapper_subclass(x) for x in tensors)
@@ -208,8 +207,7 @@ def dilated(
 
 
 def dilated_flops(per_pair: int, branches: Branches, head_offsets: str, shape: Shape, machine: Machine) -> int:
-    """Floating-point operations, `per_pair` for each number of D and each pair of a query and a key that a branch
-    computes: of each segment and head, its kept rows squared."""
+    """Floating-point operations, `per_pair` for each number of D and each pair of kept rows of a segment and head."""
     calls = views.all_views(shape.batch, shape.heads, shape.seq_len, branches, head_offsets)
     sizes = (view.size for view in calls)
     return per_pair * shape.head_dim * sum(b * h * (n * (n + 1) // 2 if shape.causal else n**2) for b, h, n in sizes)

@@ -96,8 +96,7 @@ def held_bytes(held: Callable[..., dict[str, int]], term: str, *how_and_where: A
 def packed_largest(
     phase: str, branches: Branches, head_offsets: str, workspace: WorkspaceOf, shape: Shape, machine: Machine
 ) -> dict[str, int]:
-    """What is alive in the call of a kernel on packed rows that holds the most, in bytes: PACKED_TERMS; at its end all
-    "all results". Nothing where rows are not packed."""
+    """PACKED_TERMS in bytes of the call that holds the most, and "all results" at the end; 0 where none are packed."""
     kernel, packing = workspace(shape, machine), packing_of(shape, branches, head_offsets, machine)
     found, row = [dict.fromkeys(PACKED_TERMS, 0)], shape.head_dim * shape.element_size
     inputs, outputs = (3 * row, row + 4) if phase == "forward" else (5 * row + 4, 3 * row)

@@ -30,8 +30,7 @@ def strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
 
 
 def merge(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Bring `part` with its log-sum-exp into the output and log-sum-exp of the same rows, in place. A row whose
-    log-sum-exp is minus infinity has seen nothing yet."""
+    """Bring `part` and `part_lse` into the same rows of o and lse, in place; lse is -inf where nothing was seen yet."""
     if o.is_cuda:
         from attnlib.dilated._triton import merge_tiles
 

@@ -99,8 +99,7 @@ def describe(device: str | torch.device) -> Machine:
 
 
 def at_power_limit(rows_power_w: Iterable[Any], machine: Machine) -> str | None:
-    """A sentence on how many measured points, of those whose row tells the power, drew as much as the GPU may draw;
-    None if none did, or the limit is not known."""
+    """A sentence on how many points whose power is told drew as much as the GPU may; None for none, or no limit."""
     known = [power for power in rows_power_w if not is_missing(power)]
     limited = sum(power >= AT_LIMIT * machine.power_limit_w for power in known)
     if not machine.power_limit_w or not limited:
