@@ -50,15 +50,11 @@ def along(both: pd.DataFrame, name: str, axis: str):
 
 def with_counts(rows: pd.DataFrame, points: Sequence[tuple[Variant, Shape]], machine: Device = "cpu") -> pd.DataFrame:
     """The rows of those points that were measured, with `operations` and `kib_per_token` (forward, inputs included)."""
-    asked = {(variant.name, *shape.columns().values()): (variant, shape) for variant, shape in points}
-    keys = [*rows[[*POINT]].itertuples(index=False, name=None)]
-    rows = rows[[key in asked for key in keys]].reset_index(drop=True)
-    found = [asked[key] for key in keys if key in asked]
-    held = rows["forward_peak_bytes"] + [shape.input_bytes for _, shape in found]
-    return rows.assign(
-        operations=[evaluate(variant.flops.forward, shape, machine) for variant, shape in found],
-        kib_per_token=held / rows["batch"] / rows["seq_len"] / 1024,
-    )
+    asked = pd.DataFrame([{"variant": variant.name, **shape.columns()} for variant, shape in points])
+    operations = [evaluate(variant.flops.forward, shape, machine) for variant, shape in points]
+    rows = rows.merge(asked.assign(operations=operations, held=[shape.input_bytes for _, shape in points]), on=[*POINT])
+    held = rows["forward_peak_bytes"] + rows.pop("held")
+    return rows.assign(kib_per_token=held / rows["batch"] / rows["seq_len"] / 1024)
 
 
 def gains(rows: pd.DataFrame, bases: Mapping[str, str]) -> pd.DataFrame:

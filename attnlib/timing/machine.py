@@ -41,13 +41,6 @@ def resolve(name: str) -> str:
     return f"cuda:{index}"
 
 
-def cpu_name() -> str:
-    """The processor's model name where the system tells it, else its architecture."""
-    facts = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", facts.read_text("utf-8"), re.M) if facts.exists() else None
-    return found[1].strip() if found else f"CPU {platform.processor() or platform.machine()}"
-
-
 def from_driver(uuid: str) -> dict[str, Any]:
     """`driver` and `power_limit_w` of the GPU of that UUID, as far as nvidia-ml-py is there and NVIDIA's library tells.
     By UUID, since CUDA_VISIBLE_DEVICES changes the numbers that torch gives to GPUs, and not the library's."""
@@ -86,14 +79,17 @@ def describe(device: str | torch.device) -> Machine:
     """What `device` is and which versions run on it, without ceilings; on a GPU it makes a CUDA context."""
     found = replace(Machine.of(device), torch=torch.__version__, python=platform.python_version())
     if found.is_cpu:
-        found = replace(found, name=cpu_name(), memory_bytes=psutil.virtual_memory().total)
+        facts = Path("/proc/cpuinfo")  # which not every system has
+        told = re.search(r"^model name\s*:\s*(.+)$", facts.read_text("utf-8"), re.M) if facts.exists() else None
+        name = told[1].strip() if told else f"CPU {platform.processor() or platform.machine()}"
+        found = replace(found, name=name, memory_bytes=psutil.virtual_memory().total)
     else:
         gpu = torch.cuda.get_device_properties(device)
         # of cuDNN the one that is loaded, as cudnnGetVersion tells, not the one that PyTorch was built with
         versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": triton_version()}
         free, total = torch.cuda.mem_get_info(device)
-        told = from_driver(str(gpu.uuid)) | {"notes": crowding(free, total, torch.cuda.memory_reserved(device))}
-        found = replace(found, memory_bytes=gpu.total_memory, l2_bytes=gpu.L2_cache_size, **versions, **told)
+        asked = from_driver(str(gpu.uuid)) | {"notes": crowding(free, total, torch.cuda.memory_reserved(device))}
+        found = replace(found, memory_bytes=gpu.total_memory, l2_bytes=gpu.L2_cache_size, **versions, **asked)
     slug = re.sub(r"[^a-z0-9]+", "-", found.name.lower()).strip("-")
     return replace(found, machine=digest(found), slug=slug, date=date.today().isoformat())
 
