@@ -22,11 +22,10 @@ def size(nbytes: float) -> str:
     """Bytes in the largest unit that leaves a number of at least one: "64 MiB"; a dash for NaN."""
     if math.isnan(nbytes):
         return NO_FIGURE
-    for unit in ("bytes", "KiB", "MiB"):
-        if nbytes < 1024:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1024
-    return f"{nbytes:.3g} GiB"
 
 
 def digits(value: float) -> str:
@@ -79,14 +78,12 @@ def formula(law: Law, account: str, given: Mapping | None = None) -> str:
 
 def accounts(rows: pd.DataFrame) -> Styler:
     """Configurations of predicted.booked by variant: on how many all accounts are equal, and the largest peak."""
-    found = []
-    for variant, group in rows.groupby("variant", sort=False):
-        cells = {"variant": variant, "configurations": len(group)}
-        for account in ACCOUNTS:
-            figures = group.filter(regex=f"^{account}_(law|ledger|requested)_bytes$")
-            cells[f"{account.replace('_', ' ')} equal"] = int((figures.nunique(axis=1) == 1).sum())
-        found.append(cells | {"largest peak": f"{group['backward_peak_law_bytes'].max() / GIB:.2f} GiB"})
-    return table(pd.DataFrame(found))
+    books = {account: rows.filter(regex=f"^{account}_(law|ledger|requested)_bytes$") for account in ACCOUNTS}
+    equal = {f"{one.replace('_', ' ')} equal": figures.nunique(axis=1) == 1 for one, figures in books.items()}
+    groups = rows.assign(**equal).groupby("variant", sort=False)
+    peaks = (groups["backward_peak_law_bytes"].max() / GIB).map("{:.2f} GiB".format)
+    frame = groups.size().to_frame("configurations").join(groups[[*equal]].sum())
+    return table(frame.assign(**{"largest peak": peaks}).reset_index())
 
 
 def slack(rows: pd.DataFrame) -> pd.DataFrame:
