@@ -16,10 +16,8 @@ PROGRAM, D_MODEL = "naive_custom", 64  # what is compared, at which d_model
 def beside(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
     """The times of PROGRAM at one d_model on each machine, `source`; of those whose ceilings are known with `least_ms`,
     the floor of both passes, and, over the whole sweep, `points`, and on how many the laws' bytes are `equal`."""
-    found = [
-        stored.published_rows(f"{file}_naive_sweep").assign(source=source, published=True)
-        for source, file in PUBLISHED.items()
-    ]
+    printed = {source: stored.published_rows(f"{file}_naive_sweep") for source, file in PUBLISHED.items()}
+    found = [theirs.assign(source=source, published=True) for source, theirs in printed.items()]
     swept = {machine.name: (rows, machine)}
     for folder in stored.devices():
         known = (stored.ROOT / "data" / folder / "01_naive_sweep.csv").exists() and not folder.endswith("-quick")

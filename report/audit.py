@@ -64,12 +64,9 @@ def torchscale(q, k, v, *, segment_lengths, dilation_rates, causal=False, attend
     return sum(o * weight for o, weight in zip(outputs, weights, strict=True))
 
 
-def by_definition(
-    q, k, v, *, segment_lengths, dilation_rates, causal=False, head_offsets="modulo", most=None
-) -> Tensor:
+def by_definition(q, k, v, *, causal=False, most=None, **branches) -> Tensor:
     """The paper's attention, by the oracle, 0 where no branch keeps a row; a key counts `most` times at most."""
-    config = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates, "head_offsets": head_offsets}
-    seen = dilated_reach(Shape(*q.shape, causal=causal), **config)
+    seen = dilated_reach(Shape(*q.shape, causal=causal), **branches)
     return oracle(q, k, v, seen.clamp(max=most) if most else seen)
 
 

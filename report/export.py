@@ -93,16 +93,10 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     (work / "report.md").write_text(markdown(sorted((out / "notebooks").glob("[0-9]*.ipynb")), work), "utf-8")
-    about = {
-        "title": "The cost of attention",
-        "subtitle": "Measured, predicted, and explained",
-        "device": machine.name,
-        "versions": f"PyTorch {machine.torch}, Python {machine.python}",
-        "date": machine.date,
-        "lang": "en",
-        "notices": [{"look": look, "text": text} for look, text in notices],
-        "declared": declared,
-    }
+    about = {"title": "The cost of attention", "subtitle": "Measured, predicted, and explained", "lang": "en"}
+    about |= {"device": machine.name, "date": machine.date, "declared": declared}
+    about |= {"versions": f"PyTorch {machine.torch}, Python {machine.python}"}
+    about |= {"notices": [{"look": look, "text": text} for look, text in notices]}
     (work / "about.json").write_text(json.dumps(about), "utf-8")
     for to in ("html", "typst"):
         command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]

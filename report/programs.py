@@ -46,21 +46,18 @@ def autocast(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, half: tor
 
 def autocast_variant(half: str) -> Variant:
     """`autocast` as a Variant, for shapes in float32; it has no law."""
-    return replace(
-        NAIVE, name=f"naive_autocast_{half}", fn=partial(autocast, half=DTYPES[half]), law=None, traffic=None
-    )
+    fn = partial(autocast, half=DTYPES[half])
+    return replace(NAIVE, name=f"naive_autocast_{half}", fn=fn, law=None, traffic=None)
 
 
 def stack(x: Tensor, *weights: Tensor, causal: bool = False, depth: int, recompute: bool) -> Tensor:
     """`depth` blocks with plain attention, one after the other, each with the same weights; with `recompute` only what
     enters a block is kept, and the block runs again when backward needs it."""
     block = partial(transformer_block, NAIVE.fn, causal=causal)
+    if recompute:
+        block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
     for _ in range(depth):
-        x = (
-            checkpoint(block, x, *weights, use_reentrant=False, preserve_rng_state=False)
-            if recompute
-            else block(x, *weights)
-        )
+        x = block(x, *weights)
     return x
 
 
@@ -81,12 +78,10 @@ def table_001(beside: pd.DataFrame) -> pd.DataFrame:
         here = [NO_FIGURE if few < FEWEST else f"{digits(mean)} ± {digits(off)}" for mean, off, few in measured]
         there = beside[[f"{phase}_ms_theirs", f"{phase}_ms_std_theirs"]].to_numpy()
         columns[f"{phase} ms"] = [f"{one} ({mean} ± {off})" for one, (mean, off) in zip(here, there, strict=True)]
-    held = {"forward": beside["saved_bytes"] + inputs, "backward": beside["backward_peak_bytes"] + inputs}
-    for title, nbytes, printed in (
-        *((f"{phase} MB", held[phase], f"{phase}_memory_mb") for phase in PHASES),
-        ("matrix MB", matrix, "attention_matrix_mb"),
-    ):
-        columns[title] = [f"{one / 1e6:.1f} ({other})" for one, other in zip(nbytes, beside[printed], strict=True)]
+    held = {"forward MB": beside["saved_bytes"] + inputs, "backward MB": beside["backward_peak_bytes"] + inputs}
+    printed = [f"{phase}_memory_mb" for phase in PHASES] + ["attention_matrix_mb"]
+    for (title, nbytes), column in zip((held | {"matrix MB": matrix}).items(), printed, strict=True):
+        columns[title] = [f"{one / 1e6:.1f} ({other})" for one, other in zip(nbytes, beside[column], strict=True)]
     return pd.DataFrame(columns)
 
 
