@@ -125,10 +125,8 @@ def machine_of(folder: str, prefix: str = "") -> Machine:
 
 def notes_of(folder: str, machine: Machine) -> list[str]:
     """What a reader must know of the machine, in sentences: who else used it, and whether its power limit held it."""
-    powers: list[float] = []
-    for path in sorted((ROOT / "data" / folder).glob("[0-9]*.csv")):
-        if "power_w" in pd.read_csv(path, nrows=0):
-            powers += pd.read_csv(path, usecols=["power_w"])["power_w"].tolist()
+    paths = sorted((ROOT / "data" / folder).glob("[0-9]*.csv"))
+    powers = [w for path in paths for w in pd.read_csv(path, usecols=lambda name: name == "power_w").get("power_w", [])]
     return [*machine.notes, *filter(None, [at_power_limit(powers, machine)])]
 
 
