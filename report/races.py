@@ -3,7 +3,6 @@
 A crossover is the length from which on one variant wins: in time by races, in memory by laws."""
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
@@ -36,17 +35,14 @@ def with_rates(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**{f"{phase}_tflop_s": rate for phase, rate in rates.items()})
 
 
-def kernel_name(text: str) -> str:
-    """A kernel's name without its return type, parameters and template arguments."""
-    return re.sub(r"^void |<.*|\(.*", "", text).split("::")[-1]
-
-
 def picks(rows: pd.DataFrame) -> pd.DataFrame:
     """For each race the kernel behind sdpa_default (`picked`), and the `fastest` of PyTorch's own pinned kernels, with
     how many times as fast that is (`of_default`, `_low`, `_high`)."""
     found = []
-    for names, race in rows.groupby(RACE_KEYS, sort=False):
-        race = race.assign(kernel=race["kernel"].map(kernel_name)).set_index("variant")
+    # a kernel's name without its return type, parameters and template arguments
+    names_alone = rows["kernel"].str.replace(r"^void |<.*|\(.*", "", regex=True).str.split("::").str[-1]
+    for names, race in rows.assign(kernel=names_alone).groupby(RACE_KEYS, sort=False):
+        race = race.set_index("variant")
         pinned, default = race[race.index.str.startswith("sdpa_")].drop("sdpa_default"), race.loc["sdpa_default"]
         picked = ", ".join(pinned.index[pinned["kernel"] == default["kernel"]]) or default["kernel"]
         best = pinned["of_default"].idxmax()
@@ -137,16 +133,11 @@ def reproduced(run: Run, rows: pd.DataFrame, cells: pd.DataFrame) -> bool:
     same = int(((one["low"] <= two["seq_len"]) & (two["seq_len"] <= one["high"])).sum())
     text = f"crossovers of {len(one)} that the second run finds within the first's interval"
     found = run.observe(text, same, least=len(one), form="d")
-    ratios, again = inside(rows)
-    say(f"Of the single ratios, {again} of {ratios} lie in the first run's interval the second time.")
-    return found
-
-
-def inside(rows: pd.DataFrame) -> tuple[int, int]:
-    """How many ratios of duels there are, and how many of the second run lie in the interval of the first."""
     one, two = (rows[rows["run"] == number] for number in (1, 2))
     both = one.merge(two, on=[*DUEL_KEYS, "seq_len"], suffixes=("", "_again"))
-    return len(both), int(both["ratio_again"].between(both["low"], both["high"]).sum())
+    again = both["ratio_again"].between(both["low"], both["high"]).sum()
+    say(f"Of the single ratios, {again} of {len(both)} lie in the first run's interval the second time.")
+    return found
 
 
 def relapses(rows: pd.DataFrame) -> list[str]:
