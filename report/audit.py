@@ -114,9 +114,8 @@ PUBLIC_DEFINITIONS = {
 def audited(shape: Shape, segment_lengths, dilation_rates, seed: int = 0) -> Iterator[dict]:
     """How far each of PUBLIC_DEFINITIONS lies from the paper's, in float64 on the CPU, causal or not.
 
-    Rows: `definition, causal`; `<result>_off`, the Frobenius norm of the difference over the paper's; `zero_rows`, the
-    share of rows of the output that are 0; `leak`, by how much the first half of the output changes, relative to its
-    norm, when the second half of the inputs is drawn anew."""
+    Rows: `definition, causal`; `<result>_off`, the Frobenius norm of the difference over the paper's; `zero_rows`, of
+    the output; `leak`, the relative change of its first half when the second half of the inputs is drawn anew."""
     config = {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
     draw, half = torch.Generator().manual_seed(seed), shape.seq_len // 2
     size = shape.batch, shape.heads, shape.seq_len, shape.head_dim

@@ -41,10 +41,9 @@ def frontier_cases(memory_bytes, phases, head_dims, *, variants, dtypes=("float3
 def trial(case: Case, device: str) -> dict:
     """Run one case at its shape in this process, which must not have touched the GPU before, if the room is to be told.
 
-    Returns `fits`, None where the device has less memory free than the case asks for; `memory_bytes`, what the process
-    may take from the driver; `taken_bytes`, what the device had given to the driver's context, the kernels' code and
-    other processes before; `libraries_bytes`, the workspaces that the libraries keep; and, where it does not fit, POOL
-    at the moment of failure and `tried_bytes`."""
+    Returns `fits`, None where less memory is free than the case asks for; `memory_bytes`, what the process may take
+    from the driver; `taken_bytes`, what the driver's context, the kernels' code and other processes had before;
+    `libraries_bytes`, the libraries' workspaces; and, where it does not fit, POOL at that moment and `tried_bytes`."""
     torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{case.allocator == 'expandable'}")
     gc.collect()
     torch.cuda.empty_cache()  # of an earlier trial
@@ -87,8 +86,7 @@ def tried(case: Case, seq_len: int, device: str, worker: Worker) -> dict:
 
 
 def search(case: Case, device: str) -> list[dict]:
-    """The row of one case: the largest N by the law, the largest that ran, and what was lost at the next one; none
-    where the device has not that much memory free.
+    """The row of one case: the largest N by the law and that ran, what was lost at the next; none without the memory.
 
     The law's N and the next are tried first. Where they do not run and fail as predicted, what the pool was seen to
     lose gives the next guess, down to one that runs, and bisection finds the N from which it does not: to the token or,

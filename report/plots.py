@@ -93,8 +93,7 @@ def curves(rows, columns, *, device, ylabel, dashed, oom_phases, scale=1.0):
 
 
 def roofline(points, *, copy_gb_s, product_tflop_s, device):
-    """Useful TFLOP/s against operations per byte: `points` has `variant, phase, intensity, tflop_s`. The roof is the
-    copy's rate up to where the matrix product's takes over."""
+    """TFLOP/s against operations per byte, `variant, phase, intensity, tflop_s`, under rates of copy and product."""
     figure, ax = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
     xs = [min(points["intensity"]) / 2, 1e3 * product_tflop_s / copy_gb_s, max(points["intensity"]) * 2]
     ax.plot(xs, [min(x * copy_gb_s / 1e3, product_tflop_s) for x in xs], color="black", lw=1)
@@ -111,8 +110,7 @@ def roofline(points, *, copy_gb_s, product_tflop_s, device):
 
 
 def ratios(rows, *, device, ylabel="naive ÷ flash"):
-    """How many times as long the first variant of a duel takes as the second, against N, with the interval as a band;
-    one panel per phase, one line per dtype and head_dim."""
+    """Ratios of duels against N, intervals as bands: one panel per phase, one line per dtype and head_dim."""
     figure, axes = panels(PHASES, xs=rows["seq_len"], device=device, ylabel=ylabel)
     between = (0.5, 2, 3, 5) if rows["ratio"].max() < 50 * rows["ratio"].min() else ()
     for ax, phase in zip(axes, PHASES, strict=True):

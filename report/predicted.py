@@ -17,8 +17,7 @@ M, LENGTH = sympy.symbols("M N", positive=True)  # bytes of memory; N as a numbe
 
 
 def with_laws(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
-    """Rows of a sweep with the bytes of each point's law (`<account>_law_bytes`), of its inputs (`input_bytes`), and
-    `needed_bytes` in all; NaN where there is no law."""
+    """Rows with the law, `<account>_law_bytes`, `input_bytes`, and `needed_bytes` in all; NaN without a law."""
     predicted = []
     for row in rows.to_dict("records"):
         one, shape = variant(row["variant"]), shape_of(row)

@@ -153,9 +153,8 @@ class Run:
         return figure
 
     def law(self, text: str, expected, measured, holds: bool | None = None):
-        """What must hold on any machine: bytes, operations, exactness, completeness. It holds if
-        `expected == measured`, unless `holds` says otherwise. One that is broken stands in red at its place and on the
-        first page, and the build's exit status is 1."""
+        """What must hold on any machine: `expected == measured`, unless `holds` says otherwise. A broken one stands in
+        red at its place and on the first page, and the build's exit status is 1."""
         holds = bool(expected == measured if holds is None else holds)
         if holds:
             print(f"holds: {text} (expected {expected}, measured {measured})")

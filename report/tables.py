@@ -57,16 +57,14 @@ def grid(
     columns: str = "variant",
     form: str | Callable | None = None,
 ) -> Styler:
-    """A table of `cells`, one for each row, by the columns `index` and the values of `columns`, as these first come.
-    form: of the cells where they are numbers."""
+    """A table of `cells`, one for each row, by `index` and the values of `columns`, as these come; form: of numbers."""
     frame = rows.assign(cell=cells).pivot(index=index, columns=columns, values="cell")[rows[columns].unique()]
     names = [str(name) for name in frame]
     return table(frame.set_axis(names, axis=1).reset_index(), dict.fromkeys(names, form) if form else None)
 
 
 def formula(law: Law, account: str, given: Mapping | None = None) -> str:
-    """An account of a law in LaTeX, a line for each moment, each term named; a peak is the largest of its moments.
-    given: `{symbol or condition: value}` put in first."""
+    """An account of a law in LaTeX, a line for each moment, with `{symbol or condition: value}` of `given` put in."""
     lines = []
     for operation, terms in law.moments(account).items():
         shown = {name: sympy.sympify(term).subs(given or {}) for name, term in terms.items()}

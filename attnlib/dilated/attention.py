@@ -94,8 +94,7 @@ def dilated_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     widths: Sequence[int], rates: Sequence[int], causal: bool, *how: str,
 ) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv: of each branch those of the kernel's own backward pass, called with the merged o and log-sum-exp.
-    Raises UserError for tensors that are not alike."""
+    """dq, dk, dv, by the kernel's own backward pass with the merged o and lse. Raises UserError for unlike tensors."""
     refuse_unlike(q, k, v, do, o)
     kernel, packing, *calls = planned(q.shape, q.dtype, q.device, tuple(widths), tuple(rates), causal, *how)
     inputs, lse = [in_rows(x) for x in (do, q, k, v, o)], lse.contiguous()

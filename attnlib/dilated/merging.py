@@ -99,8 +99,7 @@ def pack(packing: Packing, tensors: Sequence[Tensor], lse: Tensor | None = None)
 
 
 def join(packing: Packing, parts: Sequence[Sequence[Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """o, laid out like `like`, and its log-sum-exp, of each group's `(o, lse)`: a softmax over all that a query sees. A
-    row that no block keeps gives 0 and minus infinity."""
+    """o, laid out like `like`, and its log-sum-exp, of each group's `(o, lse)`; 0 and -inf where no block keeps it."""
     from attnlib.dilated._triton import join_rows
 
     o, lse = torch.empty_like(like), like.new_empty(like.shape[:3], dtype=torch.float32)

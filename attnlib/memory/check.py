@@ -83,8 +83,7 @@ def with_observed(booked: Iterable[dict], seen: Iterable[Mapping]) -> list[dict]
 
 
 def sources_of(row: Mapping, account: str, machine: Device) -> tuple[dict[str, int], bool]:
-    """What a row of `with_observed` has of an account, `{source: bytes}`, and whether it agrees: law and ledger to the
-    byte, the allocator with them but for `wrapped_scalars`."""
+    """What a row has of an account, `{source: bytes}`, and whether it agrees to the byte, but for `wrapped_scalars`."""
     found = {source: row.get(f"{account}_{source}_bytes") for source in ("law", "ledger", "requested")}
     figures = {source: int(nbytes) for source, nbytes in found.items() if not is_missing(nbytes)}
     booked = {nbytes for source, nbytes in figures.items() if source != "requested"}

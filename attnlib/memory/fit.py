@@ -15,8 +15,7 @@ LONGEST = 10**12  # nobody's sequence; keeps the search finite
 
 
 def nbytes(text: str) -> int:
-    """The bytes that a text with a unit means: "24GiB" (2**30), "80GB" (10**9). Raises UserError without a number or a
-    unit, for nothing, and for more than 1 PiB."""
+    """The bytes that "24GiB" (2**30) or "80GB" (10**9) mean. Raises UserError for other text, 0, and beyond 1 PiB."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGTP]i?B|B)\s*", text)
     size = Fraction(match[1]) * MULTIPLES[match[2]] if match else 0
     if not 1 <= size <= MULTIPLES["PiB"]:

@@ -71,9 +71,8 @@ class Worker:
         self.process = None
 
     def call(self, function: Callable, *arguments: Any, timeout_s: float | None = None) -> Any:
-        """`function(*arguments)`, run in the worker. Raises UserError as the function did, WorkerDied if the process
-        ended or the function failed otherwise, and TimeoutError after `timeout_s` seconds; after the last two the
-        process is killed."""
+        """`function(*arguments)`, run in the worker. Raises UserError as that did, WorkerDied if the process ended or
+        it failed otherwise, TimeoutError after `timeout_s` seconds; after the last two the process is killed."""
         if self.process is None:
             self.pipe, theirs = self.context.Pipe()
             self.process = self.context.Process(target=serve, args=(theirs,), daemon=True)

@@ -1,5 +1,4 @@
-"""What is known of the fused kernels before they run: which inputs each takes, and the law of its memory, down to the
-workspace that it takes for itself, as named terms.
+"""What is known of the fused kernels before they run: the inputs each takes, and the law of its memory, workspace too.
 
 Read off PyTorch's sources (in aten/src/ATen/native: transformers, cudnn/MHA.cpp, cpu/FlashAttentionKernel.cpp) and
 flash-attn-4's (flash_attn/cute/interface.py), and held against the allocator. The names of buffers are theirs.

@@ -1,8 +1,7 @@
 """FlashAttention-2 written out in plain PyTorch, to be read: attention by tiles, without an N×N matrix.
 
 Only one tile of the scores exists at a time. Forward keeps the output and each query's log-sum-exp of its scores, from
-which backward computes each tile again, all in float32 (float64 in float64). Tensors are `[B, H, N, D]`, rows of them
-`[B·H, block_q, D]`.
+which backward computes each tile again, in float32 (or float64). Tensors are `[B, H, N, D]`, rows `[B·H, block_q, D]`.
 Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; the recurrence is that of Milakov and Gimelshein 2018,
 "Online normalizer calculation for softmax"."""
 
