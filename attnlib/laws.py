@@ -135,7 +135,8 @@ def law_of(variant: Variant, shape: Shape, machine: Device = "cpu") -> Law | Non
 
 
 def peaks_until(phase: str) -> tuple[str, ...]:
-    """The ACCOUNTS that decide what fits up to `phase`, "forward", "backward" or one of USES, else raise UserError."""
+    """The ACCOUNTS that decide what fits up to `phase`: "forward", "backward" or one of USES. Raises UserError for any
+    other word."""
     peaks = {"forward": ACCOUNTS[1:2], "backward": ACCOUNTS[1:]}
     if (known := USES.get(phase, phase)) not in peaks:
         raise UserError(f"phase must be one of {', '.join((*peaks, *USES))}, not {phase!r}")
