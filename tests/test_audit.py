@@ -10,7 +10,7 @@ from attnlib.core import Shape
 from attnlib.dilated import dilated_reference
 from attnlib.dilated.attention import dilated_variant
 from attnlib.timing.measure import measure
-from report import audit, dilated_tables
+from notebooks.restated import audit, dilated_tables
 
 CONFIG = {"segment_lengths": (16, 32, 64), "dilation_rates": (1, 2, 4)}
 

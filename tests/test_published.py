@@ -23,10 +23,10 @@ from attnlib.memory.allocator import account
 from attnlib.memory.check import wrapped_scalars
 from attnlib.rows import SIZES
 from attnlib.variants.naive import naive
-from report.audit import split_heads
-from report.dilated_tables import report_004
-from report.program_004 import forward_only, program_004, variant_004
-from report.programs import BY_AMAX, by_amax, scaling_factor
+from notebooks.restated.audit import split_heads
+from notebooks.restated.dilated_tables import report_004
+from notebooks.restated.program_004 import forward_only, program_004, variant_004
+from notebooks.restated.programs import BY_AMAX, by_amax, scaling_factor
 from report.published import EVERY, MEANING, TERMS, beyond, closed_forms, dependencies, read, reproduce, terms_for
 
 ROOT = Path(__file__).parent.parent

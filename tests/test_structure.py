@@ -12,8 +12,9 @@ import attnlib
 from attnlib import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"attnlib": 4200, "report": 2500}  # lines of Python that each may have
+PACKAGES = {"attnlib": 4200, "report": 2500, "notebooks": 500}  # lines of Python that each may have
 LONGEST_FILE, MOST_LEVELS = 250, 8
+UPWARDS = {("attnlib", "report"), ("attnlib", "notebooks"), ("report", "notebooks")}  # no import goes that way
 # names that stand in more than one module, each with the reason
 AGAIN: dict[str, str] = {
     "main": "of each command, as `python -m` knows it",
@@ -21,7 +22,17 @@ AGAIN: dict[str, str] = {
     "ROOT": "the folder of the project, which tests move in each module by itself",
 }
 # what somebody who installs attnlib need not have
-REPORT_ONLY = {"report", "pandas", "matplotlib", "seaborn", "IPython", "ipywidgets", "papermill", "nbconvert"}
+REPORT_ONLY = {
+    "report",
+    "notebooks",
+    "pandas",
+    "matplotlib",
+    "seaborn",
+    "IPython",
+    "ipywidgets",
+    "papermill",
+    "nbconvert",
+}
 
 
 @cache
@@ -98,13 +109,13 @@ def test_imports_form_no_circle_and_few_levels():
 
 
 def test_no_package_imports_what_lies_above_it():
-    """core ← laws ← variants, dilated ← memory ← timing ← the commands ← report."""
+    """core ← laws ← variants, dilated ← memory ← timing ← the commands ← report ← notebooks."""
     order = ["core", "laws", "variants", "dilated", "memory", "timing"]
     for name in modules():
         package, part, *_ = (*name.split("."), "")
         for one in imported(name):
             there, other, *_ = (*one.split("."), "")
-            assert (package, there) != ("attnlib", "report"), f"{name} imports {one}"
+            assert (package, there) not in UPWARDS, f"{name} imports {one}"
             if part in order and package == there:
                 assert other, f"{name} imports the table of variants: it is to be handed them"
                 assert other not in order or order.index(other) <= order.index(part), f"{name} imports {one}"

@@ -1,6 +1,6 @@
 """The program that published report 004 measured, restated in a few lines, with the same tensors alive, and its costs.
 
-Read from its repository (see report.audit, commit 8b036b95), `DilatedAttention`. Tensors are `[B, H, N, D]`."""
+Read from its repository (see notebooks.restated.audit, commit 8b036b95), `DilatedAttention`. Tensors are `[B, H, N, D]`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ from attnlib.rows import SIZES, shape_of
 from attnlib.timing.clock import FEWEST, alone, estimate, fitting, statistics, time_passes
 from attnlib.timing.sweep import Job, point_name
 from attnlib.variants.naive import NAIVE
-from report.dilated_tables import report_004
+from notebooks.restated.dilated_tables import report_004
 
 PEAKS = ["first_peak_bytes", "peak_bytes"]
 FORWARD_ONLY = [*SIZES[:4], "forward_ms", "forward_ms_count", *PEAKS]
