@@ -34,6 +34,7 @@ FAMILIES = {
         "fa4": "attnlib.variants.sdpa:FA4",
         "tiled": "attnlib.variants.tiled:TILED",
     },
+    "compiled": {"naive_compiled": "attnlib.variants.naive_compiled:NAIVE_COMPILED"},
     "sparse": {
         "dilated": "attnlib.dilated.attention:DILATED",
         "window": "attnlib.variants.sparse:WINDOW",

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -144,3 +145,16 @@ def differentiable(
     for one in (Gradients, Attention):
         one.vmap = staticmethod(folding(one.apply))
     return Attention
+
+
+@cache
+def compiled_for_each_size(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile(fn) without dynamic sizes: with a head dimension that may vary, attention is not fused."""
+    import torch._dynamo.config as tracing
+    import torch._functorch.config as differentiation
+    import torch._inductor.config as compiling
+
+    tracing.recompile_limit = 256
+    compiling.compile_threads = 1  # the worker of a sweep may have no children
+    differentiation.donated_buffer = False  # or a backward pass cannot be run twice, as it is to be timed
+    return torch.compile(fn, dynamic=False)

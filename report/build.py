@@ -31,7 +31,7 @@ from report.stored import write
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-EXPECTED_MINUTES = {("cuda", "full"): 17, ("cuda", "quick"): 4, ("cpu", "full"): 17, ("cpu", "quick"): 3}
+EXPECTED_MINUTES = {("cuda", "full"): 20, ("cuda", "quick"): 5, ("cpu", "full"): 19, ("cpu", "quick"): 4}
 TIMED_ON = {"cuda": "an H200", "cpu": "two CPU cores"}  # what these minutes are of
 
 
@@ -82,7 +82,7 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
     (out / "notebooks").mkdir(parents=True)
     own_kernel(ROOT / "build" / "jupyter")
     stopped, missing = [], []
-    for notebook in NOTEBOOKS:
+    for notebook in sorted(NOTEBOOKS, key=lambda one: one.name.startswith("00")):  # the overview, of all others' rows
         begun, number, target = time.monotonic(), notebook.name[:2], out / "notebooks" / notebook.name
         chapter = {"device": folder, "replay": True} if only and only != number else {}
         replayed = (parameters | chapter).get("replay")

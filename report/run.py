@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown, display
 
-from attnlib.core import Shape, UserError
+from attnlib.core import Machine, Shape, UserError
 from attnlib.laws import Variant
 from attnlib.timing.machine import ceilings, describe, resolve
 from attnlib.timing.room import memory_free
@@ -125,6 +125,10 @@ class Run:
             text = f"Chapter {int(notebook)} was not measured on this device yet"
             raise NotMeasured(f"{text} (*{name}*): `make report ONLY={notebook}`.")
         return stored.rows_of(path, numbers) if numbers else stored.load(self.folder, path.stem)
+
+    def machine_behind(self, name: str) -> Machine:
+        """What the rows of that name were measured on, which may be another host's device than other rows here."""
+        return stored.machine_of(self.folder, self.path(name).stem)
 
     def full_only(self, what: str):
         """Raise NotMeasured in the quick profile, which leaves `what` to the full one."""

@@ -36,7 +36,7 @@ def sdpa_flash_rows():
     machines = {
         one: Machine.from_facts(facts) for one, facts in json.loads((folder / "machine.json").read_text()).items()
     }
-    for path in sorted(folder.glob("0[1-4]_*.csv")):
+    for path in sorted(folder.glob("0[1-5]_*.csv")):
         rows = pd.read_csv(path)
         if "variant" not in rows or path.stem == "03_block":  # a block holds more than its attention
             continue
@@ -137,7 +137,7 @@ def test_new_variants_and_a_foreign_host_change_no_committed_claim(tmp_path, dev
 def test_new_variants_and_a_foreign_host_change_nothing_in_a_full_replay(tmp_path, device):
     """All chapters, with every ledger and every figure, which must be the committed ones to the byte."""
     root = with_new_variants(tmp_path)
-    check_replay(root, device, "01", "02", "03", "04")
+    check_replay(root, device, "00", "01", "02", "03", "04", "05")
     made = {path.name: path.read_bytes() for path in (root / "build" / device / "figures").glob("*.svg")}
     assert made == {path.name: path.read_bytes() for path in (ROOT / "figures" / device).glob("*.svg")}
 
@@ -146,7 +146,7 @@ def made_older(root: Path, device: str):
     """Turn the data of a copy into what a GPU of compute capability 7.5 would have left: float16 for bfloat16, no fused
     kernel but the efficient one, and no counters."""
     folder, gone = root / "data" / device, ("sdpa_flash", "sdpa_cudnn", "fa4", "dilated_flash", "dilated_fa4")
-    for path in folder.glob("0[1-4]_*.csv"):
+    for path in folder.glob("0[1-5]_*.csv"):
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
         if "dtype" in rows:
             rows = rows[rows["dtype"] != ("float16" if path.stem != "04_published" else "")]
@@ -171,7 +171,7 @@ def test_a_gpu_without_flash_kernels_has_a_report_too(tmp_path):
     """Every sentence finds what it talks about, or is not there."""
     root = with_new_variants(tmp_path)
     made_older(root, "nvidia-h200")
-    found = replayed(root, "nvidia-h200", "--bounded", "01", "02", "03", "04")
+    found = replayed(root, "nvidia-h200", "--bounded", "00", "01", "02", "03", "04", "05")
     assert not any("bfloat16 " in text and "Observed" in text for text in found["said"])
 
 
@@ -180,7 +180,9 @@ def test_a_gpu_without_flash_kernels_has_a_report_too(tmp_path):
 def test_prose_follows_the_outcome_of_every_observation(tmp_path, device):
     """With all of them inverted the laws stay, and no sentence is left that claims the other outcome."""
     root = with_new_variants(tmp_path)
-    kept, found = (replayed(root, device, "--bounded", *how, "01", "02", "03", "04") for how in ((), ("--inverted",)))
+    kept, found = (
+        replayed(root, device, "--bounded", *how, "00", "01", "02", "03", "04", "05") for how in ((), ("--inverted",))
+    )
     outcomes = [[(kind, claim[:20], holds) for _, kind, claim, *_, holds in one["claims"]] for one in (kept, found)]
     flipped = {"True": "False", "False": "True"}
     assert outcomes[1] == [(k, c, flipped[h] if k == "observation" else h) for k, c, h in outcomes[0]]

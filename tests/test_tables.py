@@ -11,7 +11,8 @@ from attnlib import VARIANTS
 from attnlib.core import Machine, Shape
 from attnlib.laws import ACCOUNTS, c
 from attnlib.memory.check import compare
-from report import across, plots, tables
+from notebooks.restated import across
+from report import plots, tables
 from report.predicted import agreement, with_floors, with_laws
 from report.stored import load, machine_of
 

@@ -23,7 +23,8 @@ def test_every_variant_equals_the_oracle(dtype, causal, size, device):
     variants of a shape are held against one oracle, computed once.
     """
     shape, wrong = Shape(*size, dtype, causal), {}
-    able = [variant for variant in VARIANTS.values() if not variant.needs(shape, device)]
+    known = [variant for name, variant in VARIANTS.items() if name not in FAMILIES["compiled"]]  # see test_compiled
+    able = [variant for variant in known if not variant.needs(shape, device)]
     assert {variant.name for variant in able} >= {*FAMILIES["plain"], "tiled"}
     for variant in able:
         found = compared(variant, shape, device, draws=min(50, max(1, 40_000 // math.prod(size))))

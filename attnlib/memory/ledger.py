@@ -3,12 +3,13 @@
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from attnlib.calling import ordinary
@@ -25,9 +26,19 @@ ALIKE = {"baddbmm_": "baddbmm", f"{FLASH}_for_cpu": FLASH, f"{FLASH}_for_cpu_bac
 FLOPS = flop_registry | {getattr(aten, op): flop_registry[getattr(aten, other)] for op, other in ALIKE.items()}
 
 
-class Ledger(TorchDispatchMode):
-    """Writes a row for each operation: `phase, op, flops, traffic_bytes, largest_bytes, alive, alive_bytes`.
+@dataclass(frozen=True)
+class Operand:
+    """What an operation was given in the place of a tensor."""
 
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Ledger(TorchDispatchMode):
+    """Writes a row for each operation: `phase, op, call, flops, traffic_bytes, largest_bytes, alive, alive_bytes`.
+
+    call: the operator and what it was given, an Operand in the place of each tensor; None where none shows.
     traffic_bytes: what the operation reads and writes, each operand once. largest_bytes: its largest operand. alive:
     `{name: bytes}` of the storages alive at its end that were not there when the ledger was opened, each named after
     the operation that made it; alive_bytes: their sum. No ledger sees into a kernel: `hidden`, `{op: bytes}`, tells
@@ -44,10 +55,11 @@ class Ledger(TorchDispatchMode):
         """Leave out tensors that were there before."""
         self.known.update(tensor.untyped_storage() for tensor in tensors)
 
-    def write(self, op: str, flops: int = 0, sizes: Sequence[int] = (0,), workspace: int = 0) -> None:
+    def write(self, op: str, flops: int = 0, sizes: Sequence[int] = (0,), workspace: int = 0, call: Any = None) -> None:
         """Append a row: what moves `sizes` bytes, with what is alive now and a kernel's own `workspace`."""
         alive = self.alive | ({"workspace": workspace} if workspace else {})
-        row = {"phase": self.phase, "op": op, "flops": flops, "traffic_bytes": sum(sizes), "largest_bytes": max(sizes)}
+        row = {"phase": self.phase, "op": op, "call": call, "flops": flops}
+        row |= {"traffic_bytes": sum(sizes), "largest_bytes": max(sizes)}
         self.rows.append({**row, "alive": alive, "alive_bytes": sum(alive.values())})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -70,7 +82,8 @@ class Ledger(TorchDispatchMode):
             if op is aten._softmax_backward_data and not self.machine.is_cpu:
                 self.write("mul (in softmax's backward)", sizes=[results[0].nbytes] * 3, workspace=results[0].nbytes)
             flops = FLOPS[op](*args, **kwargs, out_val=out) if op in FLOPS else 0
-            self.write(op.__name__, flops, sizes, self.hidden.get(op.__name__, 0))
+            given_as = tree_map_only(torch.Tensor, lambda x: Operand(x.shape, x.stride(), x.dtype), (args, kwargs))
+            self.write(op.__name__, flops, sizes, self.hidden.get(op.__name__, 0), (func, *given_as))
         return out
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from attnlib.core import UserError
 from attnlib.rows import STATISTICS
@@ -136,6 +138,12 @@ def time_passes(fn: Callable, device: str | torch.device, passes: int, launch_ms
     return milliseconds([fn], passes, device, min(LONGEST_WAIT_MS, 2 * launch_ms))[:, 0].tolist()
 
 
+def median_ms(fn: Callable, device: str | torch.device, budget_s: float) -> float:
+    """The median of `time_passes`, of as many calls as fit in `budget_s` seconds, three at least."""
+    seconds, launch_ms = estimate(fn, device, budget_s)
+    return float(np.median(time_passes(fn, device, max(3, fitting(seconds, budget_s)), launch_ms)))
+
+
 def in_a_row(fn: Callable, device: str | torch.device, calls: int) -> float:
     """Milliseconds on the user's clock of one of `calls` calls made one after another, and waited for at the end."""
     settle(device)
@@ -180,20 +188,23 @@ def graphed(fn: Callable, device: str | torch.device) -> Callable[[], None]:
     return graph.replay
 
 
+def watched(calls: Callable[[], Any], device: str | torch.device) -> Any:
+    """PyTorch's profiler, after it has watched `calls` and waited for their end."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes two lines to stderr each time
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (torch.device(device).type == "cuda")]
+    with profile(activities=activities, acc_events=True) as seen:
+        calls()
+        settle(device)
+    return seen
+
+
 def longest_kernel(fn: Callable, device: str | torch.device) -> str:
     """The name of the kernel that one call of `fn` spends most time in; on the CPU, of PyTorch's operator."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes two lines to stderr each time
     on_gpu = torch.device(device).type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], acc_events=True) as seen:
-        fn()
-        if on_gpu:
-            torch.cuda.synchronize(device)
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = [event for event in seen.key_averages() if not on_gpu or event.device_type != DeviceType.CPU]
-    return max(events, key=lambda event: getattr(event, time_of)).key if events else ""
+    events = watched(fn, device).key_averages()
+    kernels = [event for event in events if not on_gpu or event.device_type != DeviceType.CPU]
+    return max(kernels, key=lambda event: getattr(event, time_of)).key if kernels else ""
 
 
 def statistics(phase: str, times_ms: Sequence[float]) -> dict[str, float]:

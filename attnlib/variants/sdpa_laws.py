@@ -105,13 +105,21 @@ TILES_BACKWARD = (1 - g) * (8 * t * QS * KS + h * 4 * t * QS * KS + 4 * QS)
 OUTPUT = g * PADDED + (1 - g) * LINEAR
 FLASH_TAKES = {"dq in float32": ROWS128 * D32, "row sums of dO ∘ O": ROWS128, "tiles of the threads": TILES_BACKWARD}
 FLASH_SEED = {"state of the random generator": 24 * g}
-FLASH_LAW = fused_law(
-    ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-    saved={"output": OUTPUT, "log-sum-exp": ROWS, **FLASH_SEED, "padded q, k, v": 3 * PADDING},
-    forward={"partial results": PARTIAL, "tiles of the threads": TILES},
-    moments={"kernel": {"contiguous copies of output and gradient": COPIED * (1 + g) * OUTPUT, **FLASH_TAKES}},
-    padding={"its padding": PADDING},
-)
+
+
+def flash_law(parts: sympy.Expr | int) -> Law:
+    """The law of FlashAttention-2, on a CPU of PyTorch's flash kernel, with so many accumulators of dq."""
+    takes = {**FLASH_TAKES, "dq in float32": parts * FLASH_TAKES["dq in float32"]}
+    return fused_law(
+        ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+        saved={"output": OUTPUT, "log-sum-exp": ROWS, **FLASH_SEED, "padded q, k, v": 3 * PADDING},
+        forward={"partial results": PARTIAL, "tiles of the threads": TILES},
+        moments={"kernel": {"contiguous copies of output and gradient": COPIED * (1 + g) * OUTPUT, **takes}},
+        padding={"its padding": PADDING},
+    )
+
+
+FLASH_LAW = flash_law(1)
 
 
 def accumulators(rows: int, columns: int) -> sympy.Expr:
@@ -121,21 +129,31 @@ def accumulators(rows: int, columns: int) -> sympy.Expr:
 
 # dk and dv stay in registers up to D = 128; beyond, each of PARTS groups of keys has accumulators for both
 PARTS = Max(1, Min(200 // (B * H), Piecewise((1, And(B * H >= 256, N <= 128)), (ceiling(N / 64), True))))
-FLOATS = Piecewise(
-    (accumulators(64, 64), D <= 64),
-    (h * accumulators(128, 128) + (1 - h) * accumulators(128, 64), D <= 128),
-    (accumulators(128, 64) + h * 2 * PARTS * 64 * round_up(D, 128), True),
-)
 ROW_SUMS = (1 - h) * (LINEAR32 + ROWS + COPIED * ROWS)  # float32: dO ∘ O, its sums, and their copy in another order
-EFFICIENT_LAW = fused_law(
-    ("_scaled_dot_product_efficient_attention",),
-    saved={"output": LINEAR, "log-sum-exp, padded": 4 * B * H * round_up(N, 32)},
-    forward={"output in float32": h * Piecewise((LINEAR32, D > 128), (0, True))},
-    moments={
-        "kernel": {"row sums of dO ∘ O": ROWS, "accumulators": 4 * B * H * round_up(FLOATS, 4)},
-        "rowsum(dO ∘ O)": {"dO ∘ O and its row sums": ROW_SUMS},
-    },
-)
+
+
+def efficient_law(parts: sympy.Expr | int) -> Law:
+    """The law of the efficient kernel, of which so many groups of keys have accumulators beyond D = 128."""
+    floats = Piecewise(
+        (accumulators(64, 64), D <= 64),
+        (h * accumulators(128, 128) + (1 - h) * accumulators(128, 64), D <= 128),
+        (accumulators(128, 64) + h * 2 * parts * 64 * round_up(D, 128), True),
+    )
+    return fused_law(
+        ("_scaled_dot_product_efficient_attention",),
+        saved={"output": LINEAR, "log-sum-exp, padded": 4 * B * H * round_up(N, 32)},
+        forward={"output in float32": h * Piecewise((LINEAR32, D > 128), (0, True))},
+        moments={
+            "kernel": {"row sums of dO ∘ O": ROWS, "accumulators": 4 * B * H * round_up(floats, 4)},
+            "rowsum(dO ∘ O)": {"dO ∘ O and its row sums": ROW_SUMS},
+        },
+    )
+
+
+EFFICIENT_LAW = efficient_law(PARTS)
+# under torch.use_deterministic_algorithms, of the kernels that take other memory then: FlashAttention-2 adds to dq in
+# as many accumulators as there are multiprocessors for each head (flash_api.cpp), the efficient kernel has one group
+REPEATABLE_LAWS = {"sdpa_flash": flash_law(g * ceiling(m / (B * H)) + 1 - g), "sdpa_efficient": efficient_law(1)}
 
 ENGINE = 256 * g  # bytes that cuDNN 9.19's engine asks for at every shape
 CUDNN_TAKES = {"dq in float32": LINEAR32, "row sums of dO ∘ O": ROWS, "cuDNN's engine": ENGINE}

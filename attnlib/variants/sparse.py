@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnlib.calling import cast
+from attnlib.calling import cast, compiled_for_each_size
 from attnlib.core import DTYPES, Device, Machine, Shape, UserError, needs_cuda
 from attnlib.laws import Phases, Variant
 
@@ -56,25 +56,14 @@ def block_mask(pattern: Pattern, number: int, seq_len: int, causal: bool, device
     return create_block_mask(sees, None, None, seq_len, seq_len, device, FLEX_BLOCK)
 
 
-@cache
-def compiled_flex() -> Callable[..., Tensor]:
-    """flex_attention as one fused kernel for each rule and size; without compilation it would write the scores."""
-    import torch._dynamo.config as tracing
-    import torch._functorch.config as differentiation
-    import torch._inductor.config as compiling
-    from torch.nn.attention.flex_attention import flex_attention
-
-    tracing.recompile_limit = 256
-    compiling.compile_threads = 1  # the worker of a sweep may have no children
-    differentiation.donated_buffer = False  # or a backward pass cannot be run twice, as it is to be timed
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def sparse_attention(pattern: Pattern, number: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """o `[B, H, N, D]` over the keys that `pattern` lets each query see. Raises UserError where it cannot run."""
     if not q.is_cuda:
         raise UserError("FlexAttention has a backward pass on a CUDA GPU alone")
-    return compiled_flex()(*cast(q, k, v), block_mask=block_mask(pattern, number, q.shape[2], causal, str(q.device)))
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = block_mask(pattern, number, q.shape[2], causal, str(q.device))
+    return compiled_for_each_size(flex_attention)(*cast(q, k, v), block_mask=mask)  # else it would write the scores
 
 
 def sparse_inputs(
