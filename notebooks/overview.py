@@ -21,7 +21,7 @@ DUEL = ["first_ms", "second_ms", "ratio", "rounds", "run"]  # the numbers of a r
 HEADS = 8  # of the tables
 
 
-def side_by_side(run: Run) -> pd.DataFrame:
+def all_kinds(run: Run) -> pd.DataFrame:
     """Training passes of each kernel of chapter 3 and of one dilated attention of chapter 4, in one type: time `ms` and
     peak `gib` for each head, and, of what has a law there, the peak by it, `law_gib`."""
     kernels = run.of_chapter("03", "memory").query("status == 'ok' and variant != 'tiled'")

@@ -119,7 +119,8 @@ def machine_of(folder: str, prefix: str = "") -> Machine:
     if not paths:
         raise UserError(f"data/{folder} has no CSV of rows")
     facts = known[rows_of(paths[0])["machine"].iloc[0]]
-    days = {facts.get("dates", {}).get(path.stem, facts["date"]) for path in paths}
+    dates = {stem: day for other in known.values() for stem, day in other.get("dates", {}).items()}  # of any host
+    days = {dates.get(path.stem, facts["date"]) for path in paths}
     return replace(Machine.from_facts(facts), date=" and ".join(sorted(days)))
 
 

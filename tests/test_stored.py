@@ -87,6 +87,7 @@ def test_a_report_names_each_day_that_its_data_were_measured(h200):
     known = json.loads(path.read_text())
     for facts in known.values():
         facts["dates"] = {"01_clocks": "2026-01-02", "01_naive_sweep": "2026-01-02", "01_options": "2026-01-03"}
+        facts["dates"]["01_profile"] = "2026-01-03"
         facts["date"] = "2026-01-04"
     path.write_text(json.dumps(known))
     assert stored.machine_of("nvidia-h200", "01").date == "2026-01-02 and 2026-01-03"
