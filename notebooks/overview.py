@@ -12,6 +12,7 @@ from attnlib.dilated.attention import dilated_variant
 from attnlib.laws import LINEAR, SCORES, Variant, evaluate
 from attnlib.memory.fit import largest_seq_len
 from attnlib.timing.race import duels
+from notebooks.costs import SEGMENTS, repeats
 from report import plots, races
 from report.predicted import with_laws
 from report.run import Run
@@ -58,7 +59,7 @@ def longest(one: Variant, dtype: str, machine: Machine) -> int:
 def as_numbers(every: pd.DataFrame, machine: Machine):
     """What each keeps and holds at N = 16384, or the longest that was measured, its time, and how far it gets."""
     at, dtype = min(16384, int(every.loc[every["variant"] == "naive", "seq_len"].max())), every["dtype"].iloc[0]
-    widths = [w // (8 if machine.is_cpu else 1) for w in (2048, 4096, 8192, 16384, 32768)]
+    widths = [w // (8 if machine.is_cpu else 1) for w in SEGMENTS]
     sparse = dilated_variant(every["variant"].iloc[-1], widths, (1, 2, 4, 8, 16), kernel=kernel_of(every))
     found, shape = [], Shape(1, HEADS, at, 64, dtype)
     for one in [VARIANTS[name] for name in every["variant"].unique() if name in VARIANTS] + [sparse]:
@@ -113,14 +114,16 @@ def road(machine: Machine):
 def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str], again: pd.DataFrame):
     """What to use when, with thresholds from the chapters' rows. best: the fastest fused kernel; spelled: `{spelling:
     fused operator or ""}`; again: rows of repeated passes."""
-    dtype, crossover = every["dtype"].iloc[0], crossed(run, "03", "crossover").query("head_dim == 64")
+    dtype = every["dtype"].iloc[0]
+    crossover = crossed(run, "03", "crossover").query("head_dim == 64 and dtype == @dtype")
+    second = next(iter(crossover["second"]), "the flash kernel")
     reached = {name: f"{longest(VARIANTS[name], dtype, run.machine):,}" for name in ("naive", best)}
-    same = again[again["same_bits"].astype(str) == "True"]
+    same = again[repeats(again)]
     bits = {on: ", ".join(rows["variant"].unique()) for on, rows in same.groupby("deterministic")}
     fused = ", ".join(name for name, became in spelled.items() if became)
     ends = f"memory ends it at N = {reached['naive']}, {best} at {reached[best]}"
     lines = [
-        ("all pairs, no mask or a causal one", best, froms(crossover[crossover["dtype"] == dtype]), "3"),
+        ("all pairs, no mask", best, f"{second} over naive {froms(crossover)}", "3"),
         ("the weights themselves", "naive", ends, "2, 3"),
         (
             "long sequences, a pattern will do",

@@ -1,5 +1,4 @@
-"""Which kernel takes the time: passes under PyTorch's profiler, kernel by kernel, on a CPU operator by operator, beside
-what the ledger counts: what each operation moves and does, at which share of a ceiling."""
+"""Which kernel takes the time: passes under PyTorch's profiler, by kernel or by operator, and what each should take."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -48,7 +47,7 @@ def by_operation(events: Iterable[Any], names: Mapping[str, str], on_gpu: bool) 
             name = names.get(op.name, op.name.removeprefix("aten::"))
             key = marks[inside[0]].name, op.time_range.start, name, kernel
             passes[inside[0] // 2].setdefault(key, []).append(microseconds / 1e3)
-    fastest = min(passes, key=lambda one: sum(map(sum, one.values())))
+    fastest = min(filter(None, passes), key=lambda one: sum(map(sum, one.values())))
     places = {start: place for place, start in enumerate(dict.fromkeys(key[1] for key in fastest))}
     return [
         {"phase": phase, "place": places[start], "op": op, "kernel": kernel, "calls": len(ms), "ms": sum(ms)}
@@ -142,10 +141,11 @@ def anatomy(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
 
 
 def adds_up(rows: pd.DataFrame, least_ms: float = 0.1) -> pd.Series:
-    """The sum of a pass's kernels over the pass, of each point whose forward and backward pass take so long."""
-    by_phase = rows.groupby([*[*POINT], "phase"], sort=False).agg(ms=("ms", "sum"), whole=("pass_ms", "first"))
-    whole = by_phase.groupby([*POINT], sort=False).sum()
-    return (whole["ms"] / whole["whole"])[whole["whole"] >= least_ms]
+    """The sum of kernels over the pass, of each forward pass, and each forward and backward pass, that takes so long:
+    what was timed as a whole."""
+    by_phase = rows.groupby([*POINT, "phase"], sort=False).agg(ms=("ms", "sum"), whole=("pass_ms", "first"))
+    timed = pd.concat([by_phase.query("phase == 'forward'"), by_phase.groupby([*POINT], sort=False).sum()])
+    return (timed["ms"] / timed["whole"])[timed["whole"] >= least_ms]
 
 
 def short_name(kernel: str) -> str:

@@ -49,21 +49,22 @@ def step_of(read: Callable[[], float]) -> tuple[float, float]:
 
 
 @contextmanager
-def busy(call: Callable | None) -> Iterator[None]:
+def busy(call: Callable | None, device: str) -> Iterator[None]:
     """A thread that calls `call`, if there is one, without a pause, and has done so for SETTLING_S seconds."""
     stop, ahead = threading.Event(), deque[torch.cuda.Event]()
 
     def calls() -> None:
-        while not stop.is_set() and call:
-            call()
-            ahead.append(torch.cuda.current_stream().record_event())
-            if len(ahead) > AHEAD:  # or calls without an end would be waiting when it is to stop
-                ahead.popleft().synchronize()
+        with torch.cuda.device(device):
+            while not stop.is_set() and call:
+                call()
+                ahead.append(torch.cuda.current_stream().record_event())
+                if len(ahead) > AHEAD:  # or calls without an end would be waiting when it is to stop
+                    ahead.popleft().synchronize()
 
     thread = threading.Thread(target=calls)
     thread.start()
-    time.sleep(SETTLING_S)
     try:
+        time.sleep(SETTLING_S)
         yield
     finally:
         stop.set()
@@ -77,7 +78,7 @@ def metered(name: str, make: Callable[[], tuple[Callable, int]] | None, device: 
     read, watts, clocks = energy_counter(device), list[float](), list[float]()
     call, flops = make() if make else (None, 0)
     burst = median_ms(call, device, 0.1) if call else 1.0
-    with busy(call):
+    with busy(call, device):
         for _ in range(BATCHES):
             begun, before = step_of(read)
             time.sleep(window_s)
@@ -116,12 +117,14 @@ def energy_jobs(
 @contextmanager
 def deterministic(on: bool) -> Iterator[None]:
     """PyTorch's deterministic algorithms; without filling new memory, which is no part of them."""
+    fills, before = torch.utils.deterministic, torch.get_deterministic_debug_mode()
+    filled, fills.fill_uninitialized_memory = fills.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(on)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode(before)
+        fills.fill_uninitialized_memory = filled
 
 
 def repeatable(variant: Variant, shape: Shape, device: str, budget_s: float) -> list[Row]:
@@ -133,6 +136,7 @@ def repeatable(variant: Variant, shape: Shape, device: str, budget_s: float) -> 
         row = {"variant": variant.name, **shape.columns(), "deterministic": on, "refused": "", "law_bytes": law_bytes}
         try:
             with deterministic(on):
+                passes(variant, shape, device, "backward", 0)()  # so that workspaces are there
                 seen = account(variant, *variant.inputs(shape, device), causal=shape.causal, backward=True)
                 row["peak_bytes"] = seen["backward_peak_bytes"]
                 call = passes(variant, shape, device, "backward", 0)
@@ -154,7 +158,10 @@ def repeatable_jobs(points: Iterable[tuple[Variant, Shape]], device: str, budget
 def exponentials(device: str) -> Row:
     """`exponentials_per_s` of a device in float32, of numbers that stay where they are computed."""
     if torch.device(device).type == "cpu":
-        numbers, rounds = torch.rand(2**13 * torch.get_num_threads()), 100  # 32 KiB for each thread
+        numbers, rounds = (
+            torch.rand(2**12 * torch.get_num_threads()),
+            100,
+        )  # for each thread 16 KiB, and as many of results
         call = repeated(partial(torch.exp, numbers, out=torch.empty_like(numbers)), rounds)
     else:
         from report._triton import only_exponentials

@@ -1,5 +1,4 @@
-"""What a pass will take, from counts and a handful of measured speeds: a forecast, where a floor says what it takes at
-the least.
+"""What a pass will take, from counts and measured speeds: a forecast, where a floor says what it takes at the least.
 
 An operation on N × N matrices goes at the rate at which the same operation, on operands laid out the same way, went at
 another length; a flash kernel at that of its own on rows of that length; the rest at the ceilings. Rates between two
@@ -36,7 +35,7 @@ QUERY_TILE = 128  # rows of queries that a flash kernel takes for one unit of pa
 def kind(row: Row, shape: Shape) -> str:
     """An operation of a ledger by its name and the layout of its operands' last two axes: "bmm(ND, NDᵀ)"; in a half
     type those in float32 are marked. Empty for one without an N × N matrix, and for what no operator shows."""
-    names, texts = {shape.seq_len: "N", shape.head_dim: "D"}, list[str]()
+    names, texts = {shape.head_dim: "D", shape.seq_len: "N"}, list[str]()
     for x in (x for x in tree_leaves(row["call"]) if isinstance(x, Operand)):
         text = "".join(names.get(size, "1") for size in x.shape[-2:])
         turned = len(x.strides) > 1 and x.strides[-1] > x.strides[-2]
@@ -127,6 +126,9 @@ class Forecast:
         self.machine = machine
         self.least_ms = float(speeds["ms"].min())  # of an operation called by itself
         self.latency_ms = machine.ceilings["launch_us" if machine.is_cpu else "graph_us"] / 1e3
+        fused = speeds["kind"].str.contains("ward ")  # as if their tiles had kept all multiprocessors busy
+        busy = [self.share(*one) for one in speeds[["batch", "heads", "seq_len"]].to_numpy()]
+        speeds = speeds.assign(work=speeds["work"].where(~fused, speeds["work"] / busy))
         self.known = dict(
             iter(speeds.sort_values(["seq_len", "batch"]).groupby(["kind", "dtype", "causal", "head_dim"]))
         )
@@ -149,15 +151,19 @@ class Forecast:
             rates.append(math.log(rows["work"].iloc[0] / counts.iloc[0] * many / ms))
         return math.exp(np.interp(math.log(shape.seq_len), lengths, rates))
 
+    def share(self, batch: int, heads: int, seq_len: int) -> float:
+        """Of the multiprocessors, what a fused kernel's tiles of queries keep busy, the last wave included."""
+        tiles = batch * heads * math.ceil(seq_len / QUERY_TILE)
+        units = 1 if self.machine.is_cpu else self.machine.multiprocessors
+        return tiles / (units * math.ceil(tiles / units))
+
     def moved(self, nbytes: int, largest: int) -> float:
         """Milliseconds of an operation that moves so many bytes, of tensors of `largest` bytes."""
         return self.latency_ms + nbytes / rate_at(self.machine.ceilings["copy_gb_s"], largest) / 1e6
 
     def fused(self, name: str, phase: str, shape: Shape) -> float:
         """Milliseconds of a fused kernel: at its rate, on the multiprocessors that its tiles of queries keep busy."""
-        tiles = shape.batch * shape.heads * math.ceil(shape.seq_len / QUERY_TILE)
-        units = 1 if self.machine.is_cpu else self.machine.multiprocessors
-        rate = self.rate(f"{phase} {name}", shape) * tiles / (units * math.ceil(tiles / units))
+        rate = self.rate(f"{phase} {name}", shape) * self.share(shape.batch, shape.heads, shape.seq_len)
         return self.latency_ms + useful_flops(shape, phase) / rate if rate else math.nan
 
     def plain(self, variant: Variant, phase: str, shape: Shape) -> float:

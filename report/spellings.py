@@ -2,6 +2,7 @@
 
 A spelling is Python of q, k, v `[B, H, N, D]` and s = 1/√D on one line: statements, and at last the output."""
 
+import ast
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -34,8 +35,8 @@ def future(x: Tensor) -> Tensor:
 
 def spelled(name: str, text: str) -> Variant:
     """A spelling as a variant without a law; whether it is causal its text decides."""
-    *lines, last = (line.strip() for line in text.split(";"))
-    body = "".join(f"    {line}\n" for line in ("s = q.shape[-1] ** -0.5", *lines, f"return {last}"))
+    *steps, last = map(ast.unparse, ast.parse(text).body)
+    body = "".join(f"    {line}\n" for line in ("s = q.shape[-1] ** -0.5", *steps, f"return {last}"))
     known: dict[str, Any] = {"torch": torch, "F": F, "inf": math.inf, "future": future}
     exec(f"def attention(q, k, v, causal=None):\n{body}", known)
     return replace(NAIVE, name=name, fn=known["attention"], law=None, traffic=None, ledgered=False)

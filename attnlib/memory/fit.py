@@ -70,7 +70,8 @@ def explain(
         raise UserError(f"{name} looks at less, in steps of N: a longer sequence can need less memory")
     bytes_needed(variant, two, machine)  # or it has no law, and says so
     if reason := variant.needs(two, machine) or variant.law.unknown(two, machine):
-        raise UserError(f"{name} cannot run there: {reason}")
+        what = "cannot run" if variant.needs(two, machine) else "has no law"
+        raise UserError(f"{name} {what} there: {reason}")
     mask = ", causal" if two.causal else ""
     about = f"{name}, batch {two.batch}, heads {two.heads}, head_dim {two.head_dim}, {two.dtype}{mask}"
     about = f"{about}, {use} on {machine.kind}, {memory_bytes / 2**30:,.4g} GiB for tensors"

@@ -1,0 +1,115 @@
+"""The tables of chapter 5, and the passes of other chapters on which its forecast is tried."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from attnlib import VARIANTS
+from attnlib.core import Machine
+from attnlib.dilated.attention import dilated_variant
+from attnlib.rows import SIZES
+from attnlib.variants.block import in_block
+from report import plots
+from report.forecast import Forecast, forecasts
+from report.run import Run
+from report.skipping import NotMeasured
+from report.tables import NO_FIGURE, digits, size, table
+
+SEGMENTS = (2048, 4096, 8192, 16384, 32768)  # chapter 4's own
+
+
+def repeats(rows: pd.DataFrame) -> pd.Series:
+    """Of rows of repeated passes, whether their bits were the same, whatever a CSV makes of that."""
+    return rows["same_bits"].astype(str) == "True"
+
+
+def twice(again: pd.DataFrame):
+    """Passes as they come → under deterministic algorithms."""
+    found = []
+    for (name, heads, n), rows in again.assign(same=repeats(again)).groupby(
+        ["variant", "heads", "seq_len"], sort=False
+    ):
+        plain, strict = rows.sort_values("deterministic").to_dict("records")
+        ran = pd.isna(strict["refused"])
+        bits = ["yes" if one["same"] else "no" for one in (plain, strict)]
+        cells = {"variant": name, "heads": heads, "N": n, "same bits": f"{bits[0]} → {bits[1] if ran else 'refused'}"}
+        for title, column, show in (("ms", "ms", digits), ("peak", "peak_bytes", size)):
+            cells[title] = show(plain[column]) + (f" → {show(strict[column])}" if ran else "")
+        found.append(cells)
+    return table(pd.DataFrame(found))
+
+
+def bill(first: pd.DataFrame, idle: float):
+    """The energy of each call, by `what`; idle: watts."""
+    lines = []
+    for what, row in first.drop(index="idle", errors="ignore").iterrows():
+        ends = f"[{digits(row['low'])}, {digits(row['high'])}]"
+        line = {"what": what, "joules": f"{digits(row['joules'])} {ends}"}
+        line["without idle"] = digits(row["joules"] - idle * row["ms"] / 1e3)
+        line |= {"watts": f"{row['watts']:.0f}", "MHz": f"{row['clock_mhz']:.0f}"}
+        line["GFLOP/J"] = digits(row["work"] / row["joules"] / 1e9) if row["work"] else NO_FIGURE
+        lines.append(line | {"ms": digits(row["ms"]), "over a burst": f"{row['ms'] / row['burst_ms']:.2f}×"})
+    return table(pd.DataFrame(lines))
+
+
+def graphs(clocks: pd.DataFrame):
+    """Passes by each clock, in microseconds, and what a graph gains over a call alone."""
+    shown = clocks[["variant", "seq_len", "phase"]].assign(phase=clocks["phase"].str.replace("_", " + "))
+    for title, column in (("alone", "alone"), ("in a row", "in_a_row"), ("queued", "queued"), ("graph", "graph")):
+        shown[title] = (1e3 * clocks[f"{column}_ms"]).map(digits)
+    return table(shown.assign(gain=(clocks["alone_ms"] / clocks["graph_ms"]).map("{:.1f}×".format)))
+
+
+def there(run: Run, chapter: str, name: str) -> bool:
+    """Whether another chapter's rows are there."""
+    return run.path(name).with_name(f"{chapter}_{name}.csv").exists()
+
+
+def tried(run: Run, speeds: pd.DataFrame, machine: Machine) -> pd.DataFrame:
+    """Every pass of 0.1 ms and more of chapters 1, 3 and 4 beside its forecast; `new`: whether no speed was taken at
+    its shape. Raises NotMeasured where none of these chapters was."""
+    widths = [w // (8 if machine.is_cpu else 1) for w in SEGMENTS]
+    names = ["cpu"] if machine.is_cpu else ["cudnn", "flash", "efficient"]
+    over = {f"dilated_{one}": dilated_variant("dilated", widths, (1, 2, 4, 8, 16), kernel=one) for one in names}
+    shorter = [w // (16 if machine.is_cpu else 1) for w in SEGMENTS]
+    known = {name: one for name, one in VARIANTS.items() if name not in ("tiled", "naive_compiled")}
+    sources = dict.fromkeys([("01", "naive_sweep"), ("01", "options"), ("03", "protocol"), ("03", "memory")], known)
+    sources["03", "block"] = {name: in_block(one) for name, one in known.items()}
+    sources |= {("04", "memory"): over}
+    sources["04", "lengths"] = {"dilated": dilated_variant("dilated", shorter, (1, 2, 4, 6, 12), kernel=names[0])}
+    made, found = Forecast(speeds, machine), []
+    for (chapter, name), variants in sources.items():
+        if there(run, chapter, name):
+            rows = forecasts(run.of_chapter(chapter, name), variants, made, 0.1)
+            found.append(rows.assign(chapter=int(chapter), sweep=name.replace("_", " ")))
+    if not found:
+        raise NotMeasured("Chapters 1, 3 and 4 were not measured on this device yet: `make report`.")
+    points, taken = pd.concat(found, ignore_index=True), {*map(tuple, speeds[[*SIZES]].to_numpy())}
+    return points.assign(new=[tuple(shape) not in taken for shape in points[[*SIZES]].to_numpy()])
+
+
+def distances(points: pd.DataFrame, limit: float, machine: Machine):
+    """Forecast over measured time, by chapter."""
+    chapters = points.groupby("chapter")
+    figure, axes = plt.subplots(1, len(chapters), figsize=(plots.WIDTH, 2.6), sharey=True, layout="constrained")
+    for ax, (chapter, part) in zip([axes] if len(chapters) == 1 else axes, chapters, strict=True):
+        for phase, own in (("forward", "#1f77b4"), ("backward", "#d62728")):
+            mine = part[part["phase"] == phase]
+            ax.plot(mine["ms"], mine["forecast_ms"] / mine["ms"], ".", ms=4, alpha=0.6, color=own, label=phase)
+        ax.set(xscale="log", yscale="log", title=f"chapter {chapter} · {machine.name}", xlabel="measured, ms")
+        for end in (1 - limit, 1, 1 + limit):
+            plots.level(ax, end)
+        plots.times(ax, (0.5, 0.7, 2))
+    figure.axes[0].set_ylabel("forecast ÷ measured")
+    return plots.legend(figure, figure.axes[0])
+
+
+def misses(points: pd.DataFrame, limit: float):
+    """How far the forecast misses, by sweep, and of shapes at which no speed was taken."""
+    found = []
+    for (chapter, sweep), part in points.groupby(["chapter", "sweep"], sort=False):
+        off, new = part["off"], part.loc[part["new"], "off"].abs()
+        cells = {"chapter": chapter, "sweep": sweep, "passes": len(off), "median": f"{off.median():+.1%}"}
+        cells |= {f"within {share:.0%}": f"{(off.abs() <= share).mean():.0%}" for share in (0.15, limit)}
+        cells |= {"largest": f"{off[off.abs().idxmax()]:+.0%}", "of other shapes": len(new)}
+        found.append(cells | {"of these": f"{(new <= limit).mean():.0%}" if len(new) else NO_FIGURE})
+    return table(pd.DataFrame(found))
