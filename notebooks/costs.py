@@ -38,7 +38,7 @@ def twice(again: pd.DataFrame):
     return table(pd.DataFrame(found))
 
 
-def bill(first: pd.DataFrame, idle: float):
+def energies(first: pd.DataFrame, idle: float):
     """The energy of each call, by `what`; idle: watts."""
     lines = []
     for what, row in first.drop(index="idle", errors="ignore").iterrows():
@@ -64,7 +64,7 @@ def there(run: Run, chapter: str, name: str) -> bool:
     return run.path(name).with_name(f"{chapter}_{name}.csv").exists()
 
 
-def tried(run: Run, speeds: pd.DataFrame, machine: Machine) -> pd.DataFrame:
+def passes_tried(run: Run, speeds: pd.DataFrame, machine: Machine) -> pd.DataFrame:
     """Every pass of 0.1 ms and more of chapters 1, 3 and 4 beside its forecast; `new`: whether no speed was taken at
     its shape. Raises NotMeasured where none of these chapters was."""
     widths = [w // (8 if machine.is_cpu else 1) for w in SEGMENTS]
@@ -87,7 +87,7 @@ def tried(run: Run, speeds: pd.DataFrame, machine: Machine) -> pd.DataFrame:
     return points.assign(new=[tuple(shape) not in taken for shape in points[[*SIZES]].to_numpy()])
 
 
-def distances(points: pd.DataFrame, limit: float, machine: Machine):
+def points_drawn(points: pd.DataFrame, limit: float, machine: Machine):
     """Forecast over measured time, by chapter."""
     chapters = points.groupby("chapter")
     figure, axes = plt.subplots(1, len(chapters), figsize=(plots.WIDTH, 2.6), sharey=True, layout="constrained")

@@ -12,7 +12,6 @@ from attnlib.dilated.attention import dilated_variant
 from attnlib.laws import LINEAR, SCORES, Variant, evaluate
 from attnlib.memory.fit import largest_seq_len
 from attnlib.timing.race import duels
-from notebooks.costs import SEGMENTS, repeats
 from report import plots, races
 from report.predicted import with_laws
 from report.run import Run
@@ -59,7 +58,7 @@ def longest(one: Variant, dtype: str, machine: Machine) -> int:
 def as_numbers(every: pd.DataFrame, machine: Machine):
     """What each keeps and holds at N = 16384, or the longest that was measured, its time, and how far it gets."""
     at, dtype = min(16384, int(every.loc[every["variant"] == "naive", "seq_len"].max())), every["dtype"].iloc[0]
-    widths = [w // (8 if machine.is_cpu else 1) for w in SEGMENTS]
+    widths = [w // (8 if machine.is_cpu else 1) for w in (2048, 4096, 8192, 16384, 32768)]
     sparse = dilated_variant(every["variant"].iloc[-1], widths, (1, 2, 4, 8, 16), kernel=kernel_of(every))
     found, shape = [], Shape(1, HEADS, at, 64, dtype)
     for one in [VARIANTS[name] for name in every["variant"].unique() if name in VARIANTS] + [sparse]:
@@ -118,7 +117,7 @@ def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str],
     crossover = crossed(run, "03", "crossover").query("head_dim == 64 and dtype == @dtype")
     second = next(iter(crossover["second"]), "the flash kernel")
     reached = {name: f"{longest(VARIANTS[name], dtype, run.machine):,}" for name in ("naive", best)}
-    same = again[repeats(again)]
+    same = again[again["same_bits"].astype(str) == "True"]
     bits = {on: ", ".join(rows["variant"].unique()) for on, rows in same.groupby("deterministic")}
     fused = ", ".join(name for name, became in spelled.items() if became)
     ends = f"memory ends it at N = {reached['naive']}, {best} at {reached[best]}"
