@@ -1,7 +1,5 @@
 """A Triton kernel that does nothing but exponentials, in a module of its own that is imported when it first runs."""
 
-# mypy: disallow-untyped-defs=False
-
 import triton
 import triton.language as tl
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -19,15 +20,17 @@ from attnlib.timing.machine import repeated, square_product, state
 from attnlib.timing.race import BATCHES, interval, passes
 from attnlib.timing.sweep import Job, Row, point_name
 from attnlib.variants.sdpa_laws import REPEATABLE_LAWS
+from report.skipping import NotMeasured
 
 ENERGY = ["work", "joules", "low", "high", "ms", "burst_ms", "watts", "clock_mhz", "run"]  # the numbers of a row
 AHEAD = 4  # calls that may be launched before they are due
 SETTLING_S = 0.5  # until power and clock have settled
+PATIENCE_S = 10.0  # for a step of the counter
 AGAIN = 5  # backward passes that are to give the same bits
 
 
 def energy_counter(device: str) -> Callable[[], float]:
-    """A function that reads a GPU's energy counter, in joules. Raises UserError where there is none."""
+    """A function that reads a GPU's energy counter, in joules. Raises NotMeasured where there is none."""
     try:
         nvml = import_module("pynvml")
         nvml.nvmlInit()
@@ -35,16 +38,17 @@ def energy_counter(device: str) -> Callable[[], float]:
         read = partial(nvml.nvmlDeviceGetTotalEnergyConsumption, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
         read()
     except Exception as error:  # no library, no such counter, no permission: each says it in its own way
-        raise UserError(f"no energy counter: {error}") from error
+        raise NotMeasured(f"There is no energy counter here: {error}") from error
     return lambda: read() / 1e3
 
 
 def step_of(read: Callable[[], float]) -> tuple[float, float]:
-    """The time and the reading when a counter that moves in steps takes its next one."""
-    before = now = read()
-    while now == before:
+    """The time and the reading at a counter's next step. Raises NotMeasured if none comes in PATIENCE_S seconds."""
+    before, begun = read(), time.perf_counter()
+    while (now := read()) == before:
+        if time.perf_counter() - begun > PATIENCE_S:
+            raise NotMeasured("The energy counter here stands still.")
         time.sleep(5e-4)
-        now = read()
     return time.perf_counter(), now
 
 
@@ -61,14 +65,14 @@ def busy(call: Callable | None, device: str) -> Iterator[None]:
                 if len(ahead) > AHEAD:  # or calls without an end would be waiting when it is to stop
                     ahead.popleft().synchronize()
 
-    thread = threading.Thread(target=calls)
-    thread.start()
-    try:
-        time.sleep(SETTLING_S)
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(calls)
+        try:
+            time.sleep(SETTLING_S)
+            yield
+        finally:
+            stop.set()
+        done.result()  # raises what `call` did
 
 
 def metered(name: str, make: Callable[[], tuple[Callable, int]] | None, device: str, window_s: float, run: int) -> Row:
@@ -158,10 +162,7 @@ def repeatable_jobs(points: Iterable[tuple[Variant, Shape]], device: str, budget
 def exponentials(device: str) -> Row:
     """`exponentials_per_s` of a device in float32, of numbers that stay where they are computed."""
     if torch.device(device).type == "cpu":
-        numbers, rounds = (
-            torch.rand(2**12 * torch.get_num_threads()),
-            100,
-        )  # for each thread 16 KiB, and as many of results
+        rounds, numbers = 100, torch.rand(2**12 * torch.get_num_threads())  # 16 KiB a thread, and as many of results
         call = repeated(partial(torch.exp, numbers, out=torch.empty_like(numbers)), rounds)
     else:
         from report._triton import only_exponentials

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from attnlib.memory.allocator import account
 from attnlib.timing.clock import median_ms, settle, watched
 from attnlib.timing.sweep import Job, Row
 from attnlib.variants.naive import NAIVE
+from report.skipping import NotMeasured
 
 SIDES = ("", "compiled_")  # of the columns of an eager and of a compiled spelling
 ATLAS = [f"{side}{what}" for side in SIDES for what in ("saved_bytes", "peak_bytes", "error")]
@@ -72,7 +74,10 @@ def mapped(name: str, text: str, shape: Shape, training: bool, device: str) -> R
     row: Row = {"spelling": name, "training": training, **shape.columns()}
     for side, variant in both_sides(name, text).items():
         call, begun = called(variant, shape, device, training), time.monotonic()
-        call()
+        try:
+            call()
+        except torch._dynamo.exc.TorchDynamoException as reason:  # a machine without a compiler for its kernels, say
+            raise NotMeasured(f"PyTorch's compiler does not work here: {type(reason).__name__}.") from reason
         settle(device)
         row["compile_s"] = time.monotonic() - begun
         inputs = [x.requires_grad_(training) for x in shape.inputs(device)]
@@ -92,18 +97,11 @@ def timed(name: str, text: str, shape: Shape, training: bool, device: str) -> Ro
 
 
 def spelling_jobs(
-    function: Callable[..., Row],
-    spellings: Mapping[str, str],
-    shapes: Iterable[Shape],
-    uses: Iterable[bool],
-    device: str,
+    function: Callable, spellings: Mapping[str, str], shapes: Iterable[Shape], uses: Iterable[bool], device: str
 ) -> list[Job]:
     """`mapped` or `timed` of each spelling at each shape, with a mask if its name says so, in training or not."""
     todo = [
         (name, text, replace(shape, causal="causal" in name), use, device)
-        for shape in shapes for use in uses for name, text in spellings.items()
-    ]  # fmt: skip
-    return [
-        Job(f"{name} {shape} {use}", function, (name, text, shape, use, where), process="compiler")
-        for name, text, shape, use, where in todo
+        for shape, use, (name, text) in product(shapes, uses, spellings.items())
     ]
+    return [Job(f"{one[0]} {one[2]} {one[3]}", function, one, process="compiler") for one in todo]

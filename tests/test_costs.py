@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnlib import VARIANTS
-from attnlib.core import PHASES, Machine, Shape, UserError
+from attnlib.core import PHASES, Machine, Shape
 from attnlib.dilated.attention import dilated_variant
 from attnlib.laws import useful_flops
 from attnlib.memory import check
@@ -16,6 +16,7 @@ from attnlib.memory.ledger import ledger
 from attnlib.variants.block import in_block
 from attnlib.variants.sdpa_laws import REPEATABLE_LAWS
 from report import anatomy, bill, forecast
+from report.skipping import NotMeasured
 
 CEILINGS = {"copy_gb_s": {"1024": 10.0}, "gemm_tflop_s": {"float32": 1.0, "bfloat16": 2.0}, "launch_us": 1.0}
 CPU = Machine("cpu", ceilings=CEILINGS)
@@ -149,11 +150,14 @@ def test_the_memory_of_the_same_bits_grows_with_the_gpu_and_falls_with_heads():
 
 
 def test_a_device_without_an_energy_counter_says_so():
-    with pytest.raises(UserError, match="no energy counter"):
+    with pytest.raises(NotMeasured, match="no energy counter"):
         bill.metered("idle", None, "cpu", 0.1, 1)
 
 
-def test_a_counter_that_moves_in_steps_is_read_at_a_step():
+def test_a_counter_that_moves_in_steps_is_read_at_a_step(monkeypatch):
+    monkeypatch.setattr(bill, "PATIENCE_S", 0.1)
+    with pytest.raises(NotMeasured, match="stands still"):
+        bill.step_of(lambda: 1.0)
     readings = iter([1.0, 1.0, 1.0, 2.5])
     assert bill.step_of(lambda: next(readings))[1] == 2.5
 
