@@ -16,6 +16,7 @@ from attnlib.core import Machine, UserError
 from report.skipping import plain
 
 HERE = Path(__file__).parent
+APPENDIX = "## Appendix: "  # the heading in a notebook from which on its text is printed behind all chapters
 OPTION = re.compile(r'^#\| *(\w+) *: *"?(.*?)"? *$', re.MULTILINE)  # of a cell, `#| key: "value"`
 
 
@@ -61,7 +62,8 @@ class Cells(Preprocessor):
 
 
 def markdown(notebooks: list[Path], folder: Path) -> str:
-    """The executed notebooks as one pandoc Markdown text; their figures are written into `folder`."""
+    """The executed notebooks as one pandoc Markdown text; their figures are written into `folder`. What proves rather
+    than explains, from each notebook's heading "## Appendix: …" on, is gathered in a last chapter."""
     tags = TagRemovePreprocessor(
         remove_cell_tags=["remove-cell", "parameters", "injected-parameters"],
         remove_input_tags=["remove-input"],
@@ -71,14 +73,16 @@ def markdown(notebooks: list[Path], folder: Path) -> str:
     exporter = MarkdownExporter(template_name="markdown", template_paths=paths)
     for step in (Cells(), CoalesceStreamsPreprocessor(), tags):  # what is printed in a row may arrive in pieces
         exporter.register_preprocessor(step, enabled=True)
-    texts = []
+    texts, proofs = [], []
     for notebook in notebooks:
         names = {"unique_key": notebook.stem, "output_files_dir": "."}
         text, resources = exporter.from_notebook_node(nbformat.read(notebook, 4), names)
-        texts.append(text)
+        chapter, *appendix = text.split(f"\n{APPENDIX}")
+        texts.append(chapter)
+        proofs += [f"## {one[0].upper()}{one[1:]}" for one in appendix]
         for name, data in resources["outputs"].items():
             (folder / name).write_bytes(data)
-    return "\n\n".join(texts)
+    return "\n\n".join([*texts, *(["# Appendix: tables and proofs"] if proofs else []), *proofs])
 
 
 def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared: list[str]):
