@@ -11,9 +11,10 @@ from attnlib.core import Machine, Shape
 from attnlib.dilated.attention import dilated_variant
 from attnlib.laws import LINEAR, SCORES, Variant, evaluate
 from attnlib.memory.fit import largest_seq_len
-from attnlib.timing.race import duels
-from report import plots, races
+from notebooks import races
+from report import plots
 from report.predicted import with_laws
+from report.race import duels
 from report.run import Run
 from report.tables import GIB, NO_FIGURE, digits, size, table
 

@@ -22,9 +22,9 @@ from attnlib.laws import Variant, useful_flops
 from attnlib.memory.ledger import Operand, ledger
 from attnlib.rows import POINT, shape_of
 from attnlib.timing.clock import median_ms
-from attnlib.timing.race import passes
 from attnlib.timing.sweep import Job, Row
 from report.floor import operations, rate_at
+from report.race import passes
 
 SPEED = ["seq_len", "head_dim", "work", "ms"]  # the numbers of a row
 BUDGET_S = 0.04

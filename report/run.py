@@ -21,6 +21,7 @@ from attnlib.timing.worker import Worker
 from report import stored
 from report.skipping import NotMeasured, Skipping
 from report.stored import write
+from report.tables import table
 
 CLAIMS = "ATTNLIB_CLAIMS"  # the variable that names the file to which a notebook's claims go, for the build to check
 
@@ -158,14 +159,21 @@ class Run:
 
     def law(self, text: str, expected, measured, holds: bool | None = None):
         """What must hold on any machine: `expected == measured`, unless `holds` says otherwise. A broken one stands in
-        red at its place and on the first page, and the build's exit status is 1."""
+        red at its place and on the first page, and the build's exit status is 1; of those that hold `laws` tells."""
         holds = bool(expected == measured if holds is None else holds)
-        if holds:
-            print(f"holds: {text} (expected {expected}, measured {measured})")
-        else:
+        if not holds:
             figures = [f"`` {figure} ``" for figure in (expected, measured)]  # as they are, whatever they contain
             say(f"::: broken\n**Broken law.** `` {text} ``: expected {figures[0]}, measured {figures[1]}.\n:::")
         self._note("law", text, expected, measured, holds)
+
+    def laws(self):
+        """Say how many laws were put to the test so far and how many hold; a table of them, with figures."""
+        tested = [one for one in self.claims if one["kind"] == "law"]
+        broken = sum(not law["holds"] for law in tested)
+        outcome = f"**{broken} of them {'is' if broken == 1 else 'are'} broken.**" if broken else "All of them hold."
+        say(f"Laws that this chapter puts to the test: {len(tested)}. {outcome}")
+        frame = pd.DataFrame(tested, columns=["claim", "expected", "measured", "holds"])
+        return table(frame.assign(holds=frame["holds"].map({True: "holds", False: "broken"})))
 
     def observe(self, text: str, measured: float, *, least=-math.inf, most=math.inf, form: str = ".2f") -> bool:
         """What this machine showed beside `least` and `most`: whether it holds here. It costs nobody the report."""

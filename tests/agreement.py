@@ -24,10 +24,10 @@ from attnlib.core import Shape
 from attnlib.rows import POINT, TIMED, shape_of
 from attnlib.timing.clock import estimate, fitting, time_passes
 from attnlib.timing.machine import describe, resolve
-from attnlib.timing.race import passes
 from attnlib.timing.sweep import collect, point_jobs
 from attnlib.timing.worker import Worker
 from report import stored
+from report.race import passes
 from report.run import profile
 from report.stored import write
 

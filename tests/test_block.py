@@ -9,9 +9,9 @@ from attnlib.memory.allocator import account
 from attnlib.memory.check import compare, mismatches, observed, with_observed
 from attnlib.memory.ledger import ledger
 from attnlib.timing.measure import measure
-from attnlib.timing.race import batch, passes
 from attnlib.timing.sweep import observation_jobs
 from attnlib.variants.block import block_inputs, in_block, transformer_block
+from report.race import batch, passes
 
 
 def test_the_block_is_what_torch_calls_attention_with_a_residual_and_a_norm():

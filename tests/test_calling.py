@@ -14,13 +14,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 from attnlib import VARIANTS
-from attnlib.accuracy import compared
 from attnlib.calling import checked, wide
 from attnlib.core import Shape, UserError, oracle
 from attnlib.dilated import dilated, dilated_reference
 from attnlib.dilated.definition import dilated_reach
 from attnlib.memory.ledger import ledger
 from attnlib.timing.measure import measure
+from report.accuracy import compared
 
 CONFIG = {"segment_lengths": (8, 16, 64), "dilation_rates": (1, 2, 5)}
 OURS = {name: VARIANTS[name].fn for name in ("naive_custom", "naive", "naive_weights_only", "naive_recompute", "tiled")}

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from attnlib import VARIANTS
-from attnlib.accuracy import RESULTS, compared
 from attnlib.core import Shape
 from attnlib.laws import ACCOUNTS, law_of
 from attnlib.memory.allocator import account
-from report.spellings import mapped, spelled
+from notebooks.spellings import mapped, spelled
+from report.accuracy import RESULTS, compared
 
 FORMULA = "torch.softmax(q @ k.mT * s, -1) @ v"
 pytestmark = pytest.mark.ci  # a compiler needs seconds for each shape

@@ -15,7 +15,8 @@ from attnlib.memory import check
 from attnlib.memory.ledger import ledger
 from attnlib.variants.block import in_block
 from attnlib.variants.sdpa_laws import REPEATABLE_LAWS
-from report import anatomy, bill, forecast
+from notebooks import bill
+from report import anatomy, forecast
 from report.skipping import NotMeasured
 
 CEILINGS = {"copy_gb_s": {"1024": 10.0}, "gemm_tflop_s": {"float32": 1.0, "bfloat16": 2.0}, "launch_us": 1.0}

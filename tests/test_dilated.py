@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from attnlib.accuracy import RESULTS, compared
 from attnlib.core import Machine, Shape, UserError
 from attnlib.dilated import dilated, dilated_reference, law
 from attnlib.dilated.attention import dilated_variant, planned
@@ -19,6 +18,7 @@ from attnlib.dilated.packing import MAX_BYTES, blocks_of, packing_of
 from attnlib.dilated.views import HEAD_OFFSETS, MAX_GRID_AXIS, branch_views
 from attnlib.laws import ACCOUNTS, evaluate, law_of
 from attnlib.memory.allocator import account
+from report.accuracy import RESULTS, compared
 
 # segment lengths, dilation rates, batch, heads, length
 CONFIGS = [

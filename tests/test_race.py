@@ -8,8 +8,8 @@ import pytest
 
 from attnlib import VARIANTS
 from attnlib.core import Shape, UserError
-from attnlib.timing import race as races
-from attnlib.timing.race import BATCHES, duel_jobs, duels, interval, ratio
+from report import race as races
+from report.race import BATCHES, duel_jobs, duels, interval, ratio
 
 NAIVE, MATH = VARIANTS["naive"], VARIANTS["sdpa_math"]
 SHAPE = Shape(1, 1, 16, 8)

@@ -10,8 +10,8 @@ from attnlib import VARIANTS
 from attnlib.core import Machine, Shape
 from attnlib.laws import bytes_needed
 from attnlib.memory.fit import at_length
-from attnlib.timing import race
-from report import races
+from notebooks import races
+from report import race
 
 
 def test_a_race_holds_all_against_the_product_and_the_first(device):

@@ -6,8 +6,8 @@ from conftest import CPU_DATA
 from attnlib import VARIANTS
 from attnlib.core import Shape
 from attnlib.variants.block import in_block
-from report import traffic
-from report.races import ledger_traffic
+from notebooks import traffic
+from notebooks.races import ledger_traffic
 from report.stored import machine_of
 
 HEADER = '"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"\n"","","byte","byte"\n'

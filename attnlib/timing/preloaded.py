@@ -4,5 +4,4 @@ import sympy  # noqa: F401
 import torch  # noqa: F401
 
 import attnlib.dilated
-import attnlib.memory.check
-import attnlib.timing.race  # noqa: F401
+import attnlib.timing.sweep  # noqa: F401

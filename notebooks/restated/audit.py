@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnlib.accuracy import RESULTS, results_of
 from attnlib.core import Shape, dense_reach, oracle
 from attnlib.dilated.attention import dilated_variant
 from attnlib.dilated.definition import dilated_reach
 from attnlib.dilated.kernels import KERNELS
 from attnlib.laws import Variant
+from report.accuracy import RESULTS, results_of
 
 
 def flash_and_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Sequence[Tensor]:

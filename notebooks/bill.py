@@ -17,9 +17,9 @@ from attnlib.laws import Variant, work
 from attnlib.memory.allocator import account
 from attnlib.timing.clock import estimate, fitting, in_a_row, median_ms
 from attnlib.timing.machine import repeated, square_product, state
-from attnlib.timing.race import BATCHES, interval, passes
 from attnlib.timing.sweep import Job, Row, point_name
 from attnlib.variants.sdpa_laws import REPEATABLE_LAWS
+from report.race import BATCHES, interval, passes
 from report.skipping import NotMeasured
 
 ENERGY = ["work", "joules", "low", "high", "ms", "burst_ms", "watts", "clock_mhz", "run"]  # the numbers of a row
@@ -165,7 +165,7 @@ def exponentials(device: str) -> Row:
         rounds, numbers = 100, torch.rand(2**12 * torch.get_num_threads())  # 16 KiB a thread, and as many of results
         call = repeated(partial(torch.exp, numbers, out=torch.empty_like(numbers)), rounds)
     else:
-        from report._triton import only_exponentials
+        from notebooks._triton import only_exponentials
 
         numbers, rounds, size = torch.rand(2**22, device=device), 1000, 1024
         call = partial(only_exponentials[(numbers.numel() // size,)], numbers, ROUNDS=rounds, SIZE=size)

@@ -1,6 +1,6 @@
 """The bytes that a variant really moves through a GPU's memory, from its hardware counters, read by Nsight Compute.
 
-`python -m report.traffic SHAPE DEVICE VARIANT …` is what the profiler runs; `counted` calls it."""
+`python -m notebooks.traffic SHAPE DEVICE VARIANT …` is what the profiler runs; `counted` calls it."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def run_once(names: list[str], shape: Shape, device: str):
 def counted(names: list[str], shape: Shape, device: str, timeout_s: float = 120) -> list[dict]:
     """A row for each variant and phase: the shape's columns, TRAFFIC. Empty without the program ncu, or permission."""
     options = "--clock-control=none --cache-control=none --profile-from-start=off --csv --page=raw --print-units=base"
-    target = [sys.executable, "-m", "report.traffic", json.dumps(shape.columns()), device, *names]
+    target = [sys.executable, "-m", "notebooks.traffic", json.dumps(shape.columns()), device, *names]
     command = ["ncu", *options.split(), f"--metrics={','.join(METRICS)}", *target]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)

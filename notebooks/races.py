@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from attnlib.accuracy import RESULTS
 from attnlib.core import PHASES, Machine, Shape
 from attnlib.laws import Variant, bytes_needed, useful_flops
 from attnlib.memory.fit import at_length
 from attnlib.memory.ledger import ledger
 from attnlib.rows import shape_of
-from attnlib.timing.race import duel_jobs, duels
+from report.accuracy import RESULTS
+from report.race import duel_jobs, duels
 from report.run import Run, say
 from report.tables import digits, grid, table
 

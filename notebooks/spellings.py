@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnlib.accuracy import results_of
 from attnlib.calling import compiled_for_each_size
 from attnlib.core import Shape, dense_reach, oracle
 from attnlib.laws import Variant
@@ -23,6 +22,7 @@ from attnlib.memory.allocator import account
 from attnlib.timing.clock import median_ms, settle, watched
 from attnlib.timing.sweep import Job, Row
 from attnlib.variants.naive import NAIVE
+from report.accuracy import results_of
 from report.skipping import NotMeasured
 
 SIDES = ("", "compiled_")  # of the columns of an eager and of a compiled spelling
