@@ -61,7 +61,7 @@ def measure(
     timed with the graph kept, through torch.autograd.grad, so that no gradient is accumulated. Returns the point's
     columns, the figures that could be had, and `status`, `phase`, `reason`: running out of memory, or a variant that
     cannot run there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel`
-    names what ran longest in the attention: of a backend, its kernel. Raises UserError for a GPU that is not there."""
+    names what ran longest in the attention, unless it is plain: of a backend, its kernel. Raises UserError for a GPU that is not there."""
     row = {"variant": variant.name, **shape.columns(), "status": "ok", "phase": "", "reason": ""}
     if torch.device(device).type == "cuda":
         resolve(str(device))
@@ -83,6 +83,8 @@ def measure(
 
     def kernel() -> dict:
         alone = variant.inner or variant
+        if alone.traffic:  # made of operations that its formula names: a profiler would take longer than most points
+            return {}
         fn = partial(alone.fn, *alone.inputs(shape, device), causal=shape.causal)
         return {"kernel": longest_kernel(fn, device)}
 
