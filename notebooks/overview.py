@@ -1,6 +1,6 @@
 """What the overview shows: all kinds of attention side by side, what they move, and what to use when."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -24,14 +24,15 @@ HEADS = 8  # of the tables
 
 def all_kinds(run: Run) -> pd.DataFrame:
     """Training passes of each kernel of chapter 3 and of one dilated attention of chapter 4, in one type: time `ms` and
-    peak `gib` for each head, and, of what has a law there, the peak by it, `law_gib`."""
-    kernels = run.of_chapter("03", "memory").query("status == 'ok' and variant != 'tiled'")
+    peak `gib` for each head, the peak by the law, `law_gib`, where there is one, and `kind`, the name to draw it by."""
+    kernels = run.of_chapter("03", "memory").query("status in ('ok', 'oom') and variant != 'tiled'")
     kernels = kernels[kernels["dtype"] == kernels["dtype"].mode()[0]].reset_index(drop=True)
     dilated = run.of_chapter("04", "memory").query("status == 'ok'")
     dilated = dilated[dilated["variant"] == dilated["variant"].iloc[-1]]
     every = pd.concat([with_laws(kernels, run.machine), dilated], ignore_index=True)
     each = {"gib": "backward_peak_bytes", "law_gib": "backward_peak_law_bytes"}
     per_head = {name: every[column] / every["heads"] / GIB for name, column in each.items()}
+    every["kind"] = every["variant"].str.replace("dilated_.*", "dilated", regex=True)
     return every.assign(ms=every["forward_backward_ms"] / every["heads"], **per_head)
 
 
@@ -40,15 +41,24 @@ def kernel_of(every: pd.DataFrame) -> str:
     return every["variant"].iloc[-1].removeprefix("dilated_")
 
 
-def drawn(every: pd.DataFrame, machine: Machine):
-    """Time and memory against sequence length, the laws dashed."""
-    figure, axes = plots.panels(["time", "memory"], xs=every["seq_len"], device=machine.name, ylabel="", sharey=False)
+def drawn(every: pd.DataFrame, fused: Iterable[str], machine: Machine):
+    """Time and memory for each head against N, of plain, some `fused` and dilated attention, with the laws of memory
+    dashed and a cross where memory ran out."""
+    rows = every[every["kind"].isin(["naive", *fused, "dilated"])].sort_values("seq_len")
+    figure, axes = plots.panels(["time", "memory"], xs=rows["seq_len"], device=machine.name, ylabel="", sharey=False)
     for ax, column, label in zip(axes, ("ms", "gib"), ("ms per head", "GiB per head"), strict=True):
-        plots.lines(ax, every.dropna(subset=[column]), column)
         ax.set_ylabel(label)
-    for name, group in every.dropna(subset=["law_gib"]).groupby("variant"):
-        axes[1].plot(group["seq_len"], group["law_gib"], "--", color=plots.colour(name), lw=1, alpha=0.7)
-    return plots.legend(figure, axes[0])
+        ends = {}
+        for kind, group in rows.groupby("kind", sort=False):
+            own, seen = plots.colour(kind), group.dropna(subset=[column])
+            plots.line(ax, seen["seq_len"], seen[column], own, kind)
+            ends[kind] = (*seen[["seq_len", column]].iloc[-1], own)
+            if column == "gib":
+                lost = group[group["status"] == "oom"]
+                ax.plot(group["seq_len"], group["law_gib"], "--", color=own, lw=1)
+                ax.plot(lost["seq_len"], lost["law_gib"], "x", color=own, ms=7, mew=2)
+        plots.name_ends(ax, ends, gap=0.07, near=0.04)
+    return figure
 
 
 def longest(one: Variant, dtype: str, machine: Machine) -> int:
@@ -56,21 +66,40 @@ def longest(one: Variant, dtype: str, machine: Machine) -> int:
     return largest_seq_len(one, Shape(1, HEADS, 1, 64, dtype), machine.memory_bytes, "backward", machine)
 
 
-def as_numbers(every: pd.DataFrame, machine: Machine):
-    """What each keeps and holds at N = 16384, or the longest that was measured, its time, and how far it gets."""
-    at, dtype = min(16384, int(every.loc[every["variant"] == "naive", "seq_len"].max())), every["dtype"].iloc[0]
+def common_length(every: pd.DataFrame) -> int:
+    """16384, or the longest N at which plain attention and the dilated one were both measured."""
+    seen = every.query("status == 'ok'").groupby("kind")["seq_len"].agg(set)
+    return max(n for n in seen["naive"] & seen["dilated"] if n <= 16384)
+
+
+def as_numbers(every: pd.DataFrame, machine: Machine) -> pd.DataFrame:
+    """Of each kind at `common_length` what a training pass of HEADS keeps and holds at its peak, by the law, its `ms`,
+    scaled from the heads that were measured, and the longest N by the law (0 for what is not dense: it holds less and
+    less for each pair, so that no one N is searched for)."""
+    n, dtype = common_length(every), every["dtype"].iloc[0]
     widths = [w // (8 if machine.is_cpu else 1) for w in (2048, 4096, 8192, 16384, 32768)]
-    sparse = dilated_variant(every["variant"].iloc[-1], widths, (1, 2, 4, 8, 16), kernel=kernel_of(every))
-    found, shape = [], Shape(1, HEADS, at, 64, dtype)
+    sparse = dilated_variant("dilated", widths, (1, 2, 4, 8, 16), kernel=kernel_of(every))
+    shape, found = Shape(1, HEADS, n, 64, dtype), []
+    times = every[every["seq_len"] == n].set_index("kind")["ms"] * HEADS
     for one in [VARIANTS[name] for name in every["variant"].unique() if name in VARIANTS] + [sparse]:
-        if one.law:
-            ms = every.loc[(every["variant"] == one.name) & (every["seq_len"] == at), "ms"]
-            cells = {"variant": one.name, "kept for backward": size(one.law.bytes("saved", shape, machine))}
-            cells |= {f"peak at N = {at:,}": size(one.law.bytes("backward_peak", shape, machine))}
-            cells |= {"ms": digits(HEADS * ms.iloc[0]) if len(ms) else NO_FIGURE}
-            # what is not dense holds less and less for each pair: its memory has no one longest N that is searched for
-            found.append(cells | {"longest N": NO_FIGURE if one is sparse else f"{longest(one, dtype, machine):,}"})
-    return table(pd.DataFrame(found))
+        if one.law and one.name in times.dropna():
+            row = {"variant": one.name, "ms": times[one.name]}
+            row |= {account: one.law.bytes(account, shape, machine) for account in ("saved", "backward_peak")}
+            found.append(row | {"longest": 0 if one is sparse else longest(one, dtype, machine)})
+    return pd.DataFrame(found)
+
+
+def as_table(numbers: pd.DataFrame):
+    """`as_numbers`, each beside plain attention."""
+    plain = numbers.set_index("variant").loc["naive"]
+    cells = {
+        "variant": numbers["variant"],
+        "kept": numbers["saved"].map(size),
+        "peak": numbers["backward_peak"].map(size),
+    }
+    cells |= {"of plain": (numbers["backward_peak"] / plain["backward_peak"]).map("{:.1%}".format)}
+    cells |= {"ms": numbers["ms"].map(digits), "faster": (plain["ms"] / numbers["ms"]).map("{:.1f}×".format)}
+    return table(pd.DataFrame(cells | {"longest N": numbers["longest"].map(lambda n: f"{n:,}" if n else NO_FIGURE)}))
 
 
 def crossed(run: Run, chapter: str, name: str) -> pd.DataFrame:
@@ -86,11 +115,11 @@ def froms(cells: pd.DataFrame) -> str:
 
 
 def road(machine: Machine):
-    """What a forward pass of each kind moves between memory and chip, by counting."""
+    """Where the bytes of a forward pass live, and what each kind moves between memory and chip, by counting."""
     shape, rates = Shape(1, HEADS, 16384, 64, "bfloat16"), [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
     linear, scores = evaluate(LINEAR, shape, machine), evaluate(SCORES, shape, machine)
     kinds = {
-        "plain": (6 * scores + 4 * linear, "scores, weights: N × N", "one operation\nafter another"),
+        "plain": (6 * scores + 4 * linear, "Q, K, V, O and N × N\nscores and weights", "one operation at a time"),
         "flash": (4 * linear, "Q, K, V, O", "a block of scores,\ntheir maximum and sum"),
         "dilated": (
             (4 * sum(rates) + 3 * sum(rates[1:])) * linear,
@@ -98,17 +127,35 @@ def road(machine: Machine):
             "the same, on every\nr-th row of a segment",
         ),
     }
-    figure, axes = plt.subplots(1, len(kinds), figsize=(plots.WIDTH, 2.0), layout="constrained")
+    places = ("cores", "caches", "DRAM") if machine.is_cpu else ("registers,\nshared memory", "L2 cache", "HBM")
+    figure, axes = plt.subplots(1, len(kinds), figsize=(plots.WIDTH, 2.3), layout="constrained")
     for ax, (kind, (nbytes, stays, inside)) in zip(axes, kinds.items(), strict=True):
-        for y, text, own in ((0.72, f"chip: {inside}", "#dce8f2"), (0.02, f"memory: {stays}", "#f2e6d8")):
-            ax.add_patch(Rectangle((0.02, y), 0.96, 0.26, fc=own, ec="none"))
-            ax.text(0.5, y + 0.13, text, ha="center", va="center", fontsize=7)
+        boxes = ((0.76, 0.24, inside, "#dce8f2"), (0.6, 0.09, "", "#ececec"), (0.0, 0.24, stays, "#f2e6d8"))
+        for (y, high, text, own), place in zip(boxes, places, strict=True):
+            ax.add_patch(Rectangle((0.0, y), 1, high, fc=own, ec="none"))
+            ax.text(0.5, y + high / 2, text, ha="center", va="center", fontsize=7.5)
+            if kind == "plain":
+                ax.text(-0.04, y + high / 2, place, ha="right", va="center", fontsize=7.5, color="#555555")
         wide = 0.3 * (nbytes / kinds["plain"][0]) ** 0.5  # so that all three can be seen
-        ax.add_patch(Rectangle((0.22 - wide / 2, 0.28), wide, 0.44, fc=plots.REGIME_COLOURS["bandwidth"], ec="none"))
-        ax.text(0.45, 0.5, f"{size(nbytes)}\nat N = {shape.seq_len:,}", va="center", fontsize=8)
+        ax.add_patch(Rectangle((0.25 - wide / 2, 0.24), wide, 0.52, fc=plots.REGIME_COLOURS["bandwidth"], ec="none"))
+        ax.text(0.46, 0.42, size(nbytes), va="center", fontsize=9)
         ax.set(title=kind, xlim=(0, 1), ylim=(0, 1))
         ax.axis("off")
     return figure
+
+
+def repeated(again: pd.DataFrame) -> tuple[str, str]:
+    """Of rows of repeated passes the kernel to take if bits must repeat, the fastest of those that do in all of
+    their rows at the longest N when asked to, and what that costs it."""
+    again = again[again["seq_len"] == again["seq_len"].max()]
+    asked = again[again["deterministic"].astype(str) == "True"]
+    same = asked.groupby("variant")["same_bits"].agg(lambda told: (told.astype(str) == "True").all())
+    times = asked[asked["variant"].isin(same.index[same])].groupby("variant")["ms"].sum()
+    if times.empty:
+        return NO_FIGURE, "no kernel repeats them"
+    first = times.idxmin()
+    as_it_comes = again[(again["deterministic"].astype(str) == "False") & (again["variant"] == first)]["ms"].sum()
+    return first, f"deterministic algorithms: {times[first] / as_it_comes:.1f} times as long"
 
 
 def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str], again: pd.DataFrame):
@@ -118,8 +165,7 @@ def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str],
     crossover = crossed(run, "03", "crossover").query("head_dim == 64 and dtype == @dtype")
     second = next(iter(crossover["second"]), "the flash kernel")
     reached = {name: f"{longest(VARIANTS[name], dtype, run.machine):,}" for name in ("naive", best)}
-    same = again[again["same_bits"].astype(str) == "True"]
-    bits = {on: ", ".join(rows["variant"].unique()) for on, rows in same.groupby("deterministic")}
+    bits = repeated(again)
     fused = ", ".join(name for name, became in spelled.items() if became)
     ends = f"memory ends it at N = {reached['naive']}, {best} at {reached[best]}"
     lines = [
@@ -132,6 +178,6 @@ def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str],
             "4",
         ),
         ("a program of others, compiled", "see whether it was fused", f"in training: {fused or 'none tried'}", "5"),
-        ("the same bits on every run", bits.get(True, NO_FIGURE), f"without asking: {bits.get(False, 'none')}", "5"),
+        ("the same bits on every run", *bits, "5"),
     ]
     return table(pd.DataFrame(lines, columns=["when", "use", "threshold here", "chapter"]))

@@ -87,7 +87,7 @@ def profiled(variant: Variant, shape: Shape, device: str) -> list[Row]:
             both()
 
     # as many passes by the clock as under the profiler, before it and after it, so that neither has a warmer device
-    count = max(3, min(4 * WARM_UPS, fitting(estimate(both, device, 1.0)[0], 1.0)))
+    count = max(3, min(4 * WARM_UPS, fitting(estimate(both, device, 0.5)[0], 0.5)))
     flush = torch.empty(CACHE_BYTES if on_gpu else 1, dtype=torch.int8, device=device)
     before, events, after = by_clock(), watched(passes, device).events(), by_clock()
     first, whole = map(min, before, after)

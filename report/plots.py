@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib import rcdefaults
+from matplotlib.colors import to_rgb
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -59,6 +60,38 @@ def lines(ax, rows, column):
     """A line for each variant: `column` against N."""
     for variant, group in rows.groupby("variant", sort=False):
         line(ax, group["seq_len"], group[column], colour(variant), variant)
+
+
+def name_ends(ax, ends, gap: float = 0.09, near: float = 0.03):
+    """Write names beside the ends `{name: (x, y, colour)}` of lines, once all that shares the axes is drawn: `gap` of
+    their height apart, with one text for all ends closer than `near`. Under a line that ends early stands its name."""
+    ax.get_ylim()  # or the transformation is that of before the last line
+    furthest, placed = max(x for x, *_ in ends.values()), list[list]()
+    for name, (x, y, own) in sorted(ends.items(), key=lambda end: end[1][1]):
+        dark = {"color": tuple(0.7 * part for part in to_rgb(own)), "fontsize": 7.5, "annotation_clip": False}
+        at = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1]
+        if x < furthest:
+            ax.annotate(name, (x, y), (0, -5), textcoords="offset points", ha="center", va="top", **dark)
+        elif placed and at - placed[-1][0] < near:
+            placed[-1][2] += f", {name}"
+        else:
+            placed.append([at, (x, y), name, own, dark])
+    heights = [at for at, *_ in placed]
+    for one in range(1, len(heights)):
+        heights[one] = max(heights[one], heights[one - 1] + gap)
+    for one in reversed(range(len(heights))):
+        heights[one] = min(heights[one], 1.0 if one == len(heights) - 1 else heights[one + 1] - gap)
+    for height, (_, end, name, own, dark) in zip(heights, placed, strict=True):
+        lead = {"arrowstyle": "-", "color": own, "lw": 0.6}
+        ax.annotate(name, end, (1.03, height), textcoords="axes fraction", va="center", arrowprops=lead, **dark)
+
+
+def named_lines(ax, rows, column, **how):
+    """A line for each variant, `column` against N, with its name at its end."""
+    rows = rows.dropna(subset=[column]).sort_values("seq_len")
+    lines(ax, rows, column)
+    last = rows.groupby("variant", sort=False)[["seq_len", column]].last()
+    name_ends(ax, {name: (*end, colour(name)) for name, end in zip(last.index, last.to_numpy(), strict=True)}, **how)
 
 
 def level(ax, y):
