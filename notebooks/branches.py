@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from attnlib.core import PHASES, Shape
 from attnlib.dilated.definition import dilated_reach
@@ -53,15 +54,21 @@ def paying(by_clock: Mapping[str, pd.DataFrame], promised: Mapping[int, float], 
     for ax, phase in zip(axes, PHASES, strict=True):
         plots.level(ax, 1)
         ax.plot([*promised], [*promised.values()], "--", color="black", lw=1)
-        named = [(max(promised), max(promised.values()), "promised", "black", (-4, 4), "right")]
+        near, far = sorted(promised)[-2:]
+        middle = (near * far) ** 0.5, (promised[near] * promised[far]) ** 0.5
+        ax.annotate("promised", middle, (-6, 4), textcoords="offset points", size=8, ha="right")
+        above = len(by_clock) > 1
         for own, (clock, rows) in zip((plots.colour("dilated"), "#d55e00"), by_clock.items(), strict=False):
             cell = rows[rows["phase"] == phase].sort_values("seq_len")
             ax.fill_between(cell["seq_len"], cell["low"], cell["high"], color=own, alpha=0.3, lw=0)
             plots.line(ax, cell["seq_len"], cell["ratio"], own, clock)
-            named.append((*cell[["seq_len", "ratio"]].iloc[0], clock, own, (6, -3), "left"))
-        for n, y, text, own, by, side in named:
-            ax.annotate(text, (n, y), by, textcoords="offset points", color=own, size=8, ha=side)
-        plots.times(ax, ())
+            beside, above = (0, 9) if above else (4, -11), False
+            ax.annotate(
+                clock, cell[["seq_len", "ratio"]].iloc[0], beside, textcoords="offset points", color=own, size=8
+            )
+        ax.margins(y=0.12)
+        plots.times(ax, (0.2, 0.5, 2, 5, 20))
+    figure.set_figheight(2.4)
     return figure
 
 
@@ -74,6 +81,12 @@ def per_token(cases: Mapping[str, pd.DataFrame], device: str):
             rows = rows.dropna(subset=f"{phase}_ns").sort_values("seq_len")
             plots.line(ax, rows["seq_len"], rows[f"{phase}_ns"], plots.colour(name), name)
             n, ns = rows[["seq_len", f"{phase}_ns"]].iloc[-1]
-            ax.annotate(name, (n, ns), (0, 6), textcoords="offset points", color=plots.colour(name), size=8, ha="right")
-        ax.set_xticks(lengths, [f"{n / 2**20:g}M" if n >= 2**20 else f"{n / 1024:g}K" for n in lengths], rotation=60)
+            beside, side = ((0, 7), "center") if name == "dilated" else ((-6, -2), "right")
+            ax.annotate(name, (n, ns), beside, textcoords="offset points", color=plots.colour(name), size=8, ha=side)
+        ticks = lengths[::2]
+        names = [f"{n / 2**20:g}M" if n >= 2**20 else f"{n / 1024:g}K" if n >= 1024 else f"{n}" for n in ticks]
+        ax.set_xticks(ticks, names, rotation=0)
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    figure.set_figheight(2.4)
     return figure
