@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from attnlib.core import PHASES, Shape
 from attnlib.dilated.definition import dilated_reach
@@ -87,6 +87,7 @@ def per_token(cases: Mapping[str, pd.DataFrame], device: str):
         names = [f"{n / 2**20:g}M" if n >= 2**20 else f"{n / 1024:g}K" if n >= 1024 else f"{n}" for n in ticks]
         ax.set_xticks(ticks, names, rotation=0)
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
     figure.set_figheight(2.4)
     return figure
