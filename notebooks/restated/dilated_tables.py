@@ -9,8 +9,9 @@ import torch
 from attnlib.core import Device, Shape
 from attnlib.laws import Variant, evaluate
 from attnlib.rows import POINT, SIZES
+from report.anatomy import short_name
 from report.stored import published_rows
-from report.tables import NO_FIGURE, digits, table
+from report.tables import NO_FIGURE, digits, mask, table
 
 CONFIG = ["segment_lengths", "dilation_rates"]
 
@@ -83,6 +84,39 @@ def shares(heats: pd.DataFrame, kernels: Mapping[str, str], baseline: str) -> pd
                 row |= {"share": mine.tflop_s / rates.iloc[-1], "short_share": mine.tflop_s / rates.iloc[0]}
                 found.append(row | {"gain": copying["ms"] / mine.ms, "baseline_tflop_s": copying["tflop_s"]})
     return pd.DataFrame(found)
+
+
+def rates(found: pd.DataFrame):
+    """A table of `shares`: rates, in brackets how the dilated one compares."""
+    columns = {
+        "same kernel, dense": ("dense_tflop_s", "share", "{:.0%}"),
+        "dense, short rows": ("short_tflop_s", "short_share", "{:.0%}"),
+        "torchscale": ("baseline_tflop_s", "gain", "{:.1f}×"),
+    }
+    cells = {
+        title: [f"{digits(rate)}\N{NO-BREAK SPACE}({form.format(x)})" for rate, x in found[[one, other]].to_numpy()]
+        for title, (one, other, form) in columns.items()
+    }
+    rows = found.assign(mask=mask(found), dilated=found["tflop_s"].map(digits), **cells)
+    names = [name for name in ("head_dim", "mask", "phase", "kernel") if rows[name].nunique() > 1 or name == "phase"]
+    return table(rows[[*names, "dilated", *columns]])
+
+
+def by_kind(profiled: pd.DataFrame, on_cpu: bool) -> pd.DataFrame:
+    """Milliseconds of each profiled pass, `variant, seq_len, phase`: of the `kernel underneath`, of what `packs` and
+    `joins` (and adds), of `other` work, and of `gaps`, the pass less the sum of its kernels."""
+    joining = dict.fromkeys(("merge_tiles", "into_tiles", "join_rows", "total_rows"), "joins") | {"pack_rows": "packs"}
+    kinds = profiled["kernel"].map(short_name).map(joining)
+    flash = profiled["kernel"].str.contains("scaled_dot_product|flash|fmha|cudnn|dot_do_o|convert_dq")
+    kinds = kinds.mask(kinds.isna() & flash, "kernel underneath")
+    if on_cpu:
+        merging = ["lerp_", "logaddexp", "sigmoid", "sub", "add_", "copy_", "to"]
+        kinds = kinds.where(~profiled["op"].isin(merging), "joins")
+    passes = ["variant", "seq_len", "phase"]
+    spent = profiled.assign(kind=kinds.fillna("other")).groupby([*passes, "kind"], sort=False)["ms"].sum()
+    spent = spent.unstack(fill_value=0.0)
+    whole = profiled.groupby(passes)["pass_ms"].first()
+    return spent.assign(gaps=(whole - spent.sum(axis=1)).clip(lower=0))
 
 
 def distances(seen: torch.Tensor) -> tuple[list[int], list[float]]:

@@ -1,0 +1,93 @@
+"""The pictures of notebook 04: branches as strided views, when dilated attention pays, and time per token."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from attnlib.core import PHASES, Shape
+from attnlib.dilated.definition import dilated_reach
+from attnlib.dilated.views import Branches, all_views, offset
+from report import plots
+
+
+def schematic(branches: Branches, heads: int, seq_len: int):
+    """The rows of each head, numbered by their place in memory, once for each branch: coloured by segment, filled where
+    they are kept, under the view that takes them. Beside it, in how many branches each query sees each key."""
+    figure = plt.figure(figsize=(plots.WIDTH, 3.3), layout="constrained")
+    places = figure.add_gridspec(heads, 2, width_ratios=(3.3, 1))
+    ax = figure.add_subplot(places[:, 0])
+    for place, (width, rate) in enumerate(branches):
+        top = place * (heads + 1.3)
+        (view,) = all_views(1, heads, seq_len, ((width, rate),), "modulo")  # one, where r ≥ H or r = 1
+        steps = view.strides((heads * seq_len, seq_len, 1))
+        axes = [at for at, size in enumerate(view.size) if size > 1]
+        text = f"{' × '.join(str(view.size[at]) for at in axes)} rows, steps {', '.join(str(steps[at]) for at in axes)}"
+        ax.text(0, top - 0.25, f"w = {width}, r = {rate}: a view of {text}", size=8)
+        for head in range(heads):
+            for row in range(seq_len):
+                own = sns.color_palette("Dark2")[row // width]
+                kept = row % width % rate == offset(head, heads, rate, "modulo")
+                corner, ink = (row + 0.05, top + head + 0.05), "white" if kept else "grey"
+                ax.add_patch(Rectangle(corner, 0.9, 0.9, fc=own if kept else "none", ec=own, lw=0.8))
+                ax.text(row + 0.5, top + head + 0.53, head * seq_len + row, size=7, color=ink, ha="center", va="center")
+            ax.text(-0.2, top + head + 0.53, f"head {head}", size=7, ha="right", va="center")
+    ax.set(xlim=(-2, seq_len), ylim=(len(branches) * (heads + 1.3) - 1.1, -1))
+    ax.axis("off")
+    widths, rates = zip(*branches, strict=True)
+    seen = dilated_reach(Shape(1, heads, seq_len, 1), segment_lengths=widths, dilation_rates=rates)
+    for head in range(heads):
+        ax = figure.add_subplot(places[head, 1])
+        ax.imshow(seen[head], cmap="Blues", vmin=0, vmax=len(branches), interpolation="nearest")
+        ax.set(xticks=[], yticks=[], ylabel="queries", title=f"head {head}")
+    ax.set_xlabel("keys")
+    return figure
+
+
+def paying(by_clock: Mapping[str, pd.DataFrame], promised: Mapping[int, float], device: str):
+    """Ratios of duels against N, one panel per phase, a line with its interval for each clock; dashed, what the
+    operations promise."""
+    figure, axes = plots.panels(PHASES, xs=[*promised], device=device, ylabel="dense ÷ dilated")
+    for ax, phase in zip(axes, PHASES, strict=True):
+        plots.level(ax, 1)
+        ax.plot([*promised], [*promised.values()], "--", color="black", lw=1)
+        near, far = sorted(promised)[-2:]
+        middle = (near * far) ** 0.5, (promised[near] * promised[far]) ** 0.5
+        ax.annotate("promised", middle, (-6, 4), textcoords="offset points", size=8, ha="right")
+        above = len(by_clock) > 1
+        for own, (clock, rows) in zip((plots.colour("dilated"), "#d55e00"), by_clock.items(), strict=False):
+            cell = rows[rows["phase"] == phase].sort_values("seq_len")
+            ax.fill_between(cell["seq_len"], cell["low"], cell["high"], color=own, alpha=0.3, lw=0)
+            plots.line(ax, cell["seq_len"], cell["ratio"], own, clock)
+            beside, above = (0, 9) if above else (4, -11), False
+            ax.annotate(
+                clock, cell[["seq_len", "ratio"]].iloc[0], beside, textcoords="offset points", color=own, size=8
+            )
+        ax.margins(y=0.12)
+        plots.times(ax, (0.2, 0.5, 2, 5, 20))
+    figure.set_figheight(2.4)
+    return figure
+
+
+def per_token(cases: Mapping[str, pd.DataFrame], device: str):
+    """Time per token, `<phase>_ns`, against N: one panel per phase, a line for each variant, its name beside it."""
+    lengths = sorted({n for rows in cases.values() for n in rows["seq_len"]})
+    figure, axes = plots.panels(PHASES, xs=lengths, device=device, ylabel="ns per token")
+    for ax, phase in zip(axes, PHASES, strict=True):
+        for name, rows in cases.items():
+            rows = rows.dropna(subset=f"{phase}_ns").sort_values("seq_len")
+            plots.line(ax, rows["seq_len"], rows[f"{phase}_ns"], plots.colour(name), name)
+            n, ns = rows[["seq_len", f"{phase}_ns"]].iloc[-1]
+            beside, side = ((0, 7), "center") if name == "dilated" else ((-6, -2), "right")
+            ax.annotate(name, (n, ns), beside, textcoords="offset points", color=plots.colour(name), size=8, ha=side)
+        ticks = lengths[::2]
+        names = [f"{n / 2**20:g}M" if n >= 2**20 else f"{n / 1024:g}K" if n >= 1024 else f"{n}" for n in ticks]
+        ax.set_xticks(ticks, names, rotation=0)
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+    figure.set_figheight(2.4)
+    return figure
