@@ -1,0 +1,95 @@
+"""The first page says what the chapters' rows say, and its advice follows them."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from attnlib import VARIANTS
+from attnlib.core import Shape
+from attnlib.laws import bytes_needed
+from notebooks import overview
+from report import stored
+from report.run import Run
+
+ROOT = Path(__file__).parent.parent
+DEVICES = [path.parent.name for path in sorted((ROOT / "data").glob("*/machine.json"))]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A copy of data/ to alter."""
+    shutil.copytree(ROOT / "data", tmp_path / "data")
+    monkeypatch.setattr(stored, "ROOT", tmp_path)
+    return tmp_path / "data"
+
+
+def opened(device: str) -> Run:
+    """The overview's run."""
+    return Run("00_overview", device, "full", replay=True)
+
+
+def alter(path: Path, change) -> None:
+    """Change a file's rows."""
+    rows = pd.read_csv(path)
+    change(rows)
+    rows.to_csv(path, index=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_numbers_are_the_chapters_own(device):
+    run = opened(device)
+    every = overview.all_kinds(run)
+    numbers, n, dtype = overview.as_numbers(every, run.machine), overview.common_length(every), every["dtype"].iloc[0]
+    measured = pd.read_csv(ROOT / "data" / device / "03_memory.csv").query("seq_len == @n and status == 'ok'")
+    measured = measured.set_index("variant")
+    assert {"naive", "dilated"} < {*numbers["variant"]} and len(numbers) == len(
+        measured.drop("tiled", errors="ignore")
+    ) + 1
+    for row in numbers.query("variant != 'dilated'").itertuples():
+        seen, one = measured.loc[row.variant], VARIANTS[row.variant]
+        assert row.ms * seen["heads"] == pytest.approx(seen["forward_backward_ms"] * overview.HEADS)
+        if not run.machine.is_cpu:
+            assert (row.saved, row.backward_peak) == (seen["saved_bytes"], seen["backward_peak_bytes"])
+        shapes = (Shape(1, overview.HEADS, row.longest + more, 64, dtype) for more in (0, 1))
+        fits = [bytes_needed(one, shape, run.machine) <= run.machine.memory_bytes for shape in shapes]
+        assert fits == [True, False]
+    dilated = pd.read_csv(ROOT / "data" / device / "04_memory.csv").query("seq_len == @n").iloc[-1]
+    ours = numbers.set_index("variant").loc["dilated"]
+    assert ours["ms"] * dilated["heads"] == pytest.approx(dilated["forward_backward_ms"] * overview.HEADS)
+
+
+def advised(device: str) -> pd.DataFrame:
+    """The table of what to use when, by its first column."""
+    run = opened(device)
+    every = overview.all_kinds(run)
+    numbers = overview.as_numbers(every, run.machine)
+    best = overview.fastest(numbers)
+    again = run.of_chapter("05", "repeat", ["law_bytes"])
+    return overview.advice(run, every, best, {"a spelling": "a kernel"}, again).data.set_index("when")
+
+
+def test_what_to_use_follows_the_rows(data):
+    before = advised("nvidia-h200")
+    folder = data / "nvidia-h200"
+    alter(folder / "03_crossover.csv", lambda rows: rows.update({"ratio": rows["ratio"] * 0 + 0.5}))
+    alter(folder / "04_duels.csv", lambda rows: rows.update({"ratio": rows["ratio"] * 0 + 2.0}))
+
+    def efficient_is_fast(rows):
+        rows.loc[rows["variant"] == "sdpa_efficient", "ms"] /= 1000
+
+    alter(folder / "05_repeat.csv", efficient_is_fast)
+
+    def flash_is_fast(rows):
+        rows.loc[rows["variant"] == "sdpa_flash", "forward_backward_ms"] /= 1000
+
+    alter(folder / "03_memory.csv", flash_is_fast)
+    after = advised("nvidia-h200")
+    assert "N >" not in before.loc["all pairs, no mask", "threshold here"]
+    assert "N >" in after.loc["all pairs, no mask", "threshold here"], "plain attention is never slower now"
+    assert after.loc["all pairs, no mask", "use"] == "sdpa_flash" != before.loc["all pairs, no mask", "use"]
+    assert "N ≤" in after.loc["long sequences, a pattern will do", "threshold here"]
+    assert "N ≤" not in before.loc["long sequences, a pattern will do", "threshold here"]
+    bits = "the same bits on every run"
+    assert (before.loc[bits, "use"], after.loc[bits, "use"]) == ("sdpa_flash", "sdpa_efficient")
