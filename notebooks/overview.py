@@ -150,7 +150,7 @@ def road(machine: Machine):
     return figure
 
 
-def repeated(again: pd.DataFrame) -> tuple[str, str]:
+def to_repeat(again: pd.DataFrame) -> tuple[str, str]:
     """Of rows of repeated passes the kernel to take if bits must repeat, the fastest of those that do in all of
     their rows at the longest N when asked to, and what that costs it."""
     again = again[again["seq_len"] == again["seq_len"].max()]
@@ -171,7 +171,7 @@ def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str],
     crossover = crossed(run, "03", "crossover").query("head_dim == 64 and dtype == @dtype")
     second = next(iter(crossover["second"]), "the flash kernel")
     reached = {name: f"{longest(VARIANTS[name], dtype, run.machine):,}" for name in ("naive", best)}
-    bits = repeated(again)
+    bits = to_repeat(again)
     fused = ", ".join(name for name, became in spelled.items() if became)
     ends = f"memory ends it at N = {reached['naive']}, {best} at {reached[best]}"
     lines = [
