@@ -144,11 +144,12 @@ def points_drawn(points: pd.DataFrame, limit: float, machine: Machine):
         for phase, mark in (("forward", "."), ("backward", "x")):
             mine = part[part["phase"] == phase]
             ax.plot(mine["ms"], mine["forecast_ms"] / mine["ms"], mark, ms=4, alpha=0.6, color="#3c3c3c", label=phase)
-        ax.set(xscale="log", yscale="log", title=f"chapter {chapter} · {machine.name}", xlabel="measured, ms")
+        ax.set(xscale="log", yscale="log", title=f"chapter {chapter}")
         for end in (1 - limit, 1, 1 + limit):
             plots.level(ax, end)
         plots.times(ax, (0.5, 0.7, 2))
     figure.axes[0].set_ylabel("forecast ÷ measured")
+    figure.supxlabel(f"measured, ms · {machine.name}", fontsize=9)
     return plots.legend(figure, figure.axes[0])
 
 
