@@ -1,4 +1,6 @@
-"""The tables of chapter 5, and the passes of other chapters on which its forecast is tried."""
+"""The tables and figures of chapter 5, and the passes of other chapters on which its forecast is tried."""
+
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -6,7 +8,8 @@ import pandas as pd
 from attnlib import VARIANTS
 from attnlib.core import Machine
 from attnlib.dilated.attention import dilated_variant
-from attnlib.rows import SIZES
+from attnlib.laws import law_of
+from attnlib.rows import SIZES, shape_of
 from attnlib.variants.block import in_block
 from report import plots
 from report.forecast import Forecast, forecasts
@@ -15,6 +18,52 @@ from report.skipping import NotMeasured
 from report.tables import NO_FIGURE, digits, size, table
 
 SEGMENTS = (2048, 4096, 8192, 16384, 32768)  # chapter 4's own
+
+
+def spellings_drawn(timed: pd.DataFrame, trained: pd.DataFrame, machine: Machine):
+    """Times of each spelling of `timed`, as written and compiled, over that of the fused call; beside them what it keeps
+    in training, by `trained`: matrices `before` and `after`, and in `fused` the operator that it became, or nothing."""
+    base = timed.set_index("spelling")["ms"].get("the fused call", timed["compiled_ms"].min())
+    timed, kept = timed.iloc[::-1].reset_index(drop=True), trained.set_index("spelling")
+    figure, ax = plt.subplots(figsize=(plots.WIDTH, 0.19 * len(timed) + 0.7), layout="constrained")
+    for at, row in timed.iterrows():
+        what = kept.loc[row["spelling"]] if row["spelling"] in kept.index else {"fused": "itself"}
+        own = plots.colour("sdpa_flash" if machine.is_cpu else "sdpa_cudnn") if what["fused"] else plots.colour("naive")
+        ends = row["ms"] / base, row["compiled_ms"] / base
+        ax.plot(ends, [at, at], color=own, lw=1)
+        ax.plot(ends[0], at, "o", color=own, mfc="white")
+        ax.plot(ends[1], at, "o", color=own)
+        told = "" if what["fused"] == "itself" else f"{what['before']:.1f} → "
+        told += "fused" if what["fused"] else f"{what['after']:.1f}"
+        ax.text(1.02, at, told, transform=ax.get_yaxis_transform(), va="center", fontsize=7.5)
+    ax.text(1.02, len(timed), "matrices kept", transform=ax.get_yaxis_transform(), va="center", fontsize=7.5)
+    ax.set_yticks(range(len(timed)), timed["spelling"], fontsize=7.5)
+    ax.set(xscale="log", xlabel=f"time over that of the fused call · {machine.name}, {timed['dtype'].iloc[0]}")
+    ax.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20], [f"{tick:g}×" for tick in ticks])
+    ax.minorticks_off()
+    return figure
+
+
+def spelled_out(atlas: pd.DataFrame, written: Mapping[str, str]):
+    """What becomes of each spelling in each type, in training and inference; `before` and `after` in matrices."""
+    columns: dict[str, dict] = {}
+    for row in atlas.to_dict("records"):
+        text = f"{row['before']:.1f} → {'fused' if row['fused'] else format(row['after'], '.1f')}"
+        use = f"{row['dtype']}, {'training' if row['training'] else 'inference'}"
+        columns.setdefault(row["spelling"], {"spelling": row["spelling"]})[use] = text
+    return table(pd.DataFrame([columns[one] for one in written if one in columns]).fillna(NO_FIGURE))
+
+
+def as_their_kernel(trained: pd.DataFrame, machine: Machine) -> tuple[int, int]:
+    """How many spellings became a fused kernel that has a law, and how many of them keep what it says."""
+    names = {"_for_cpu": "sdpa_flash", "cudnn": "sdpa_cudnn", "efficient": "sdpa_efficient"}
+    names["flash_attention"] = "sdpa_flash"
+    kept = []
+    for row in trained[trained["fused"] != ""].to_dict("records"):
+        kernel = VARIANTS[next(names[part] for part in names if part in row["fused"])]
+        if law := law_of(kernel, shape_of(row), machine):
+            kept.append(law.bytes("saved", shape_of(row), machine) == row["compiled_saved_bytes"])
+    return len(kept), sum(kept)
 
 
 def repeats(rows: pd.DataFrame) -> pd.Series:
@@ -52,11 +101,11 @@ def energies(first: pd.DataFrame, idle: float):
 
 
 def graphs(clocks: pd.DataFrame):
-    """Passes by each clock, in microseconds, and what a graph gains over a call alone."""
+    """Passes by each clock, in microseconds, and what a graph gains over a call alone, the column `gain`."""
     shown = clocks[["variant", "seq_len", "phase"]].assign(phase=clocks["phase"].str.replace("_", " + "))
     for title, column in (("alone", "alone"), ("in a row", "in_a_row"), ("queued", "queued"), ("graph", "graph")):
         shown[title] = (1e3 * clocks[f"{column}_ms"]).map(digits)
-    return table(shown.assign(gain=(clocks["alone_ms"] / clocks["graph_ms"]).map("{:.1f}×".format)))
+    return table(shown.assign(gain=clocks["gain"].map("{:.1f}×".format)))
 
 
 def there(run: Run, chapter: str, name: str) -> bool:
@@ -92,14 +141,15 @@ def points_drawn(points: pd.DataFrame, limit: float, machine: Machine):
     chapters = points.groupby("chapter")
     figure, axes = plt.subplots(1, len(chapters), figsize=(plots.WIDTH, 2.6), sharey=True, layout="constrained")
     for ax, (chapter, part) in zip([axes] if len(chapters) == 1 else axes, chapters, strict=True):
-        for phase, own in (("forward", "#1f77b4"), ("backward", "#d62728")):
+        for phase, mark in (("forward", "."), ("backward", "x")):
             mine = part[part["phase"] == phase]
-            ax.plot(mine["ms"], mine["forecast_ms"] / mine["ms"], ".", ms=4, alpha=0.6, color=own, label=phase)
-        ax.set(xscale="log", yscale="log", title=f"chapter {chapter} · {machine.name}", xlabel="measured, ms")
+            ax.plot(mine["ms"], mine["forecast_ms"] / mine["ms"], mark, ms=4, alpha=0.6, color="#3c3c3c", label=phase)
+        ax.set(xscale="log", yscale="log", title=f"chapter {chapter}")
         for end in (1 - limit, 1, 1 + limit):
             plots.level(ax, end)
         plots.times(ax, (0.5, 0.7, 2))
     figure.axes[0].set_ylabel("forecast ÷ measured")
+    figure.supxlabel(f"measured, ms · {machine.name}", fontsize=9)
     return plots.legend(figure, figure.axes[0])
 
 

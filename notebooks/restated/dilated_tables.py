@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -35,14 +36,18 @@ def published_points(dtype: str, longest: int, make: Callable[..., Variant]) -> 
     return [(make(*config), shape) for config, shape in zip(rows[CONFIG].to_numpy(), shapes, strict=True)]
 
 
+def exponents(rows: pd.DataFrame, column: str, axis: str) -> list[float]:
+    """The local exponents of `column` in `axis`, from each of the sorted rows to the next."""
+    return [float(one) for one in np.diff(np.log(rows[column])) / np.diff(np.log(rows[axis]))]
+
+
 def along(both: pd.DataFrame, name: str, axis: str):
     """004's scaling tables, along one axis: times, the factor to the first, and the local exponent in that axis."""
     rows = both[both["table"] == name].sort_values(axis)
-    frame, sizes = pd.DataFrame({axis: rows[axis]}), rows[axis].tolist()
+    frame = pd.DataFrame({axis: rows[axis]})
     for which, after in (("ours", ""), ("theirs", ", 004")):
         ms = rows[f"forward_ms_{which}"].tolist()
-        steps = zip(ms, ms[1:], sizes, sizes[1:], strict=False)
-        slopes = [f"{math.log(later / t) / math.log(larger / n):.2f}" for t, later, n, larger in steps]
+        slopes = [f"{one:.2f}" for one in exponents(rows, f"forward_ms_{which}", axis)]
         frame[f"ms{after}"] = [digits(t) for t in ms]
         frame[f"factor{after}"] = [f"{t / ms[0]:.1f}" for t in ms]
         frame[f"exponent{after}"] = [NO_FIGURE, *slopes]

@@ -93,6 +93,23 @@ def variant_004(segment_lengths: Sequence[int], dilation_rates: Sequence[int]) -
     return replace(NAIVE, name=name, fn=partial(program_004, **config), law=None, traffic=None, ledgered=False)
 
 
+def standard(n: int) -> Variant:
+    """The program with the segments that 004 calls standard."""
+    return variant_004((n // 4, n // 2), (1, 2))
+
+
+def extreme(n: int) -> Variant:
+    """The program with 004's extreme dilation."""
+    return variant_004((n // 16, n // 8, n // 4, n // 2), (1, 4, 16, 64))
+
+
+def operations_004(segment_lengths: Sequence[int], dilation_rates: Sequence[int]) -> float:
+    """What eight heads multiply for each token, up to a factor: each branch has a share of them, the first the odd."""
+    count = len(segment_lengths)
+    branches = enumerate(zip(segment_lengths, dilation_rates, strict=True))
+    return sum(w / r**2 * (8 // count + (at < 8 % count)) for at, (w, r) in branches)
+
+
 def unfused(fn: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """A program whose fused call is PyTorch's plain one, which writes the scores."""
     with sdpa_kernel(SDPBackend.MATH):

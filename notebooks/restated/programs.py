@@ -3,13 +3,14 @@
 Tensors are `[B, H, N, D]`. Report 002's softmax is read from its text, autocast and the stack of blocks from advice."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
+from pandas.io.formats.style import Styler
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +19,8 @@ from attnlib.laws import LINEAR, ROWS, SCORES, SCORES32, Law, Variant, evaluate
 from attnlib.timing.clock import FEWEST
 from attnlib.variants.block import block_inputs, transformer_block
 from attnlib.variants.naive import MASK, NAIVE, NAIVE_CUSTOM, scaled_scores
-from report.tables import NO_FIGURE, digits
+from report.stored import published_rows
+from report.tables import NO_FIGURE, digits, table
 
 
 def by_amax(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
@@ -83,6 +85,39 @@ def table_001(beside: pd.DataFrame) -> pd.DataFrame:
     for (title, nbytes), column in zip((held | {"matrix MB": matrix}).items(), printed, strict=True):
         columns[title] = [f"{one / 1e6:.1f} ({other})" for one, other in zip(nbytes, beside[column], strict=True)]
     return pd.DataFrame(columns)
+
+
+def grid_table(rows: pd.DataFrame) -> Styler:
+    """The points of reports 000 and 002 that one of `rows` has: what 000's program and 002's took, there and here."""
+
+    def pair(row: pd.Series) -> str:
+        if row["status"] != "ok":
+            return str(row["status"])
+        few = min(row.get(f"{phase}_ms_count", FEWEST) for phase in PHASES) < FEWEST
+        told = " / ".join(digits(row[f"{phase}_ms"]) for phase in PHASES)
+        return f"({told})" if few else told
+
+    keys, columns = ["head_dim", "seq_len"], {}
+    for report, program in (("000_gtx1080", "naive_custom"), ("002_a800", "by_amax")):
+        here = rows[rows["variant"] == program]
+        for whose, those in ((report[:3], published_rows(f"{report}_naive_sweep")), ("here", here)):
+            columns[f"{program}, {whose}"] = those.set_index(keys).apply(pair, axis=1)
+    frame = pd.DataFrame(columns)[lambda every: every.filter(like="here").notna().any(axis=1)].fillna(NO_FIGURE)
+    return table(frame.reset_index().rename(columns={"head_dim": "d_model"}).sort_values(["d_model", "seq_len"]))
+
+
+def stack_table(depths: Iterable[int], held: Mapping[tuple[int, bool], pd.Series]) -> Styler:
+    """Memory and time of stacks by depth, everything kept and with recomputation, of the rows of `(depth, again)`."""
+    lines = []
+    for depth in depths:
+        pair, line = [held.get((depth, again)) for again in (False, True)], {"blocks": str(depth)}
+        for title, column, unit in (("kept", "saved", 2**20), ("peak", "backward_peak", 2**20), ("ms", "", 1)):
+            for again, one in zip(("", ", recomputed"), pair, strict=True):
+                known = one is not None and (column or one["forward_backward_ms_count"] >= FEWEST)
+                value = one[f"{column}_bytes" if column else "forward_backward_ms"] / unit if known else math.nan
+                line[f"{title}{again}"] = digits(value)
+        lines.append(line)
+    return table(pd.DataFrame(lines))
 
 
 def scaling_factor(megabytes: Sequence[float]) -> float:
