@@ -1,0 +1,152 @@
+"""The pictures of chapter 1: a sweep against its predictions, a profile against its ceilings."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.patches import Patch
+
+from attnlib.core import PHASES
+from report import plots
+from report.tables import size
+
+PAIRED = 0.02  # lines closer than this are drawn one around the other, so that none hides
+BEYOND = 1.5  # a share of a ceiling above which the prediction counts what was not done
+
+
+def spread(places: list[float], gap: float) -> list[float]:
+    """`places`, sorted upwards, moved as little as it takes to keep `gap` between neighbours."""
+    moved = np.array(places, float)
+    for _ in range(200):
+        for low, high in zip(range(len(moved) - 1), range(1, len(moved)), strict=True):
+            lacking = max(0.0, gap - (moved[high] - moved[low])) / 2
+            moved[low], moved[high] = moved[low] - lacking, moved[high] + lacking
+    return [*moved]
+
+
+def named(ax, ends: Mapping[str, float], words: Mapping[str, str]):
+    """Write each line's words, in its colour, to the right of the axes at the height where it ends."""
+    ax.figure.canvas.draw()  # limits and scale are settled only then
+    transform = ax.transData + ax.transAxes.inverted()
+    at = sorted((transform.transform((1, y))[1], name) for name, y in ends.items())
+    lines = [words[name].count("\n") + 1 for _, name in at]
+    heights = spread([height for height, _ in at], 0.085 * max(lines, default=1))
+    for height, (_, name) in zip(heights, at, strict=True):
+        own = plots.colour(name)
+        ax.text(1.03, height, words[name], transform=ax.transAxes, color=own, fontsize=7.5, va="center")
+
+
+def curve(ax, rows: pd.DataFrame, seen: str, law: str, phases: tuple[str, ...]) -> dict[str, float]:
+    """A line of dots for each variant, its prediction dashed, a cross at the prediction where it ran out of memory in
+    one of `phases`; the last height of each. Lines that coincide are drawn one inside the other."""
+    groups = {name: group.sort_values("seq_len") for name, group in rows.groupby("variant", sort=False)}
+    ends = {name: group[law].iloc[-1] for name, group in groups.items()}
+    for place, (name, group) in enumerate(groups.items()):
+        inside = sum(abs(ends[other] / ends[name] - 1) < PAIRED for other in [*groups][place + 1 :])
+        own = plots.colour(name)
+        look = {"color": own, "lw": 1 + 2.5 * inside, "ms": 3 + 2.5 * inside}
+        ax.plot(group["seq_len"], group[seen], "o-", **look)
+        ax.plot(group["seq_len"], group[law], "--", color=own, lw=1)
+        lost = group[group["phase"].isin(phases) & (group["status"] == "oom")]
+        ax.plot(lost["seq_len"], lost[law], "x", color=own, ms=6 + 2 * inside, mew=1.5)
+    return ends
+
+
+def against_floors(rows: pd.DataFrame, machine):
+    """Forward and backward together against N, measured and predicted: milliseconds, and picoseconds for each pair of
+    positions, in which a quadratic cost is level."""
+    pairs = rows["batch"] * rows["heads"] * rows["seq_len"] ** 2
+    rows = rows.assign(least=rows["forward_floor_ms"] + rows["backward_floor_ms"])
+    rows = rows.assign(each=1e9 * rows["forward_backward_ms"] / pairs, least_each=1e9 * rows["least"] / pairs)
+    titles = ["a training pass", "the same, per pair of positions"]
+    figure, axes = plots.panels(titles, xs=rows["seq_len"], ylabel="ms", sharey=False)
+    lost = ("inputs", "forward", "backward")
+    curve(axes[0], rows, "forward_backward_ms", "least", lost)
+    ends = curve(axes[1], rows, "each", "least_each", lost)
+    axes[1].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes[1].yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "235" else "")
+    axes[1].set_ylabel("ps per pair")
+    named(axes[1], ends, {name: name for name in ends})
+    figure.suptitle(machine.name, fontsize=9)
+    return figure
+
+
+def in_matrices(rows: pd.DataFrame, machine):
+    """What is kept and what is held at the peak, in matrices of N × N numbers, beside the laws."""
+    one = rows["batch"] * rows["heads"] * rows["seq_len"] ** 2 * 4
+    kinds = {"saved": "kept for backward", "backward_peak": "peak of backward"}
+    figure, axes = plots.panels([*kinds.values()], xs=rows["seq_len"], ylabel="matrices of N × N numbers")
+    for ax, account in zip(axes, kinds, strict=True):
+        ax.set_yscale("linear")
+        drawn = rows.assign(seen=rows[f"{account}_bytes"] / one, law=rows[f"{account}_law_bytes"] / one)
+        lost = ("inputs", "forward", "backward")[: 2 if account == "saved" else 3]
+        ends = curve(ax, drawn, "seen", "law", lost)
+    longest = rows[rows["seq_len"] == rows["seq_len"].max()].set_index("variant")["backward_peak_law_bytes"]
+    axes[0].set_ylim(bottom=-0.2)
+    named(axes[1], ends, {name: f"{name}\n{ends[name]:.1f} ({size(longest[name])})" for name in ends})
+    figure.suptitle(machine.name, fontsize=9)
+    return figure
+
+
+def operations_seen(rows: pd.DataFrame, variants: list[str], machine):
+    """Bars of profiled milliseconds for each operation of `variants` at one length, ticks at the least each could take,
+    the share of its ceiling beside it; forward above, backward below."""
+    most = max(int((rows["variant"] == name).sum()) for name in variants)
+    figure, axes = plt.subplots(
+        1, len(variants), figsize=(plots.WIDTH, 0.11 * most + 0.6), sharex=True, layout="constrained"
+    )
+    for ax, name in zip(axes, variants, strict=True):
+        part = rows[rows["variant"] == name].sort_values(["phase", "place"], ascending=[False, True])
+        forward = int((part["phase"] == PHASES[0]).sum())
+        ys = [place + 0.8 * (place >= forward) for place in range(len(part))]
+        ax.barh(ys, part["ms"], color=part["regime"].map(plots.REGIME_COLOURS), alpha=0.75)
+        ax.plot(part["least_ms"], ys, "k|", ms=6)
+        for y, ms, share in zip(ys, part["ms"], part["share"], strict=True):
+            ax.annotate(
+                f"{share:.0%}" if share <= BEYOND else "see text",
+                (ms, y),
+                (3, 0),
+                textcoords="offset points",
+                fontsize=7,
+                va="center",
+            )
+        ax.set_yticks(ys, part["op"].str.replace("_softmax_backward_data", "softmax’"), fontsize=7)
+        ax.axhline(forward - 0.1, color="black", lw=0.8, ls=":")
+        ax.set(title=f"{name}, N = {part['seq_len'].iloc[0]}", xlabel="ms", ylim=(most + 0.6, -0.8))
+        ax.tick_params(axis="x", labelsize=7.5)
+        ax.grid(axis="y", visible=False)
+    axes[0].set_xlim(0, 1.15 * rows[rows["variant"].isin(variants)]["ms"].max())
+    there = [regime for regime in plots.REGIME_COLOURS if regime in {*rows["regime"]}]
+    marks = [Patch(color=plots.REGIME_COLOURS[regime], alpha=0.75, label=f"{regime}-bound") for regime in there]
+    marks += [plt.Line2D([], [], color="black", marker="|", ls="", ms=7, label="least it could take")]
+    axes[-1].legend(handles=marks, loc="lower right", fontsize=7.5, title=machine.name, title_fontsize=7.5)
+    return figure
+
+
+def exponents(rows: pd.DataFrame) -> pd.DataFrame:
+    """The local exponents of time between neighbouring lengths, of each variant and phase: `exponent` as measured,
+    `of_floor`, and the floor's `regime` at the longer of the two."""
+    found = []
+    for phase in PHASES:
+        for name, group in rows.dropna(subset=[f"{phase}_ms"]).groupby("variant", sort=False):
+            timed = group.sort_values("seq_len")
+            steps = np.log(timed[["seq_len", f"{phase}_ms", f"{phase}_floor_ms"]]).diff().iloc[1:].to_numpy()
+            ends = zip(timed["seq_len"][:-1], timed["seq_len"][1:], timed[f"{phase}_regime"][1:], strict=True)
+            for (n1, n2, regime), (step, seen, least) in zip(ends, steps, strict=True):
+                found.append((name, phase, n1, n2, seen / step, least / step, f"{regime}-bound"))
+    return pd.DataFrame(
+        found, columns=["variant", "phase", "from_seq_len", "seq_len", "exponent", "of_floor", "regime"]
+    )
+
+
+def exponents_drawn(slopes: pd.DataFrame, machine):
+    """The local exponents of `exponents` against N, those of the floors dashed."""
+    figure, axes = plots.panels(PHASES, xs=slopes["seq_len"], device=machine.name, ylabel="local exponent of time")
+    for ax, phase in zip(axes, PHASES, strict=True):
+        ax.set_yscale("linear")
+        plots.level(ax, 2)
+        for name, group in slopes[slopes["phase"] == phase].groupby("variant", sort=False):
+            plots.line(ax, group["seq_len"], group["exponent"], plots.colour(name), name)
+            ax.plot(group["seq_len"], group["of_floor"], "--", color=plots.colour(name), lw=1, alpha=0.7)
+    return plots.legend(figure, axes[0])
