@@ -14,7 +14,7 @@ COLOURS |= {"sdpa_math": "#cc78bc", "sdpa_efficient": "#ca9161", "sdpa_flash": "
 COLOURS |= {"sdpa_default": "#ece133", "fa4": "#001c7f", "tiled": "#b1400d", "dilated": "#12711c", "window": "#8c0800"}
 COLOURS |= {"strided": "#591e71", "random_blocks": "#592f0d"}
 SPARE = ("#56b4e9", "#a23582", "#3c3c3c", "#b8850a", "#006374", *sns.husl_palette(24).as_hex())
-REGIME_COLOURS = {"launch": "#7f7f7f", "latency": "#9467bd", "bandwidth": "#1f77b4", "compute": "#d62728"}
+REGIME_COLOURS = {"launch": "#7f7f7f", "latency": "#b39ddb", "bandwidth": "#4db6ac", "compute": "#c2185b"}
 WIDTH, HEIGHT = 6.3, 2.7  # inches: the text width of the PDF
 
 
