@@ -3,19 +3,22 @@
 A crossover is the length from which on one variant wins: in time by races, in memory by laws."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 import pandas as pd
 
+from attnlib import VARIANTS
 from attnlib.core import PHASES, Machine, Shape
 from attnlib.laws import Variant, bytes_needed, useful_flops
 from attnlib.memory.fit import at_length
 from attnlib.memory.ledger import ledger
 from attnlib.rows import shape_of
 from report.accuracy import RESULTS
+from report.anatomy import short_name
 from report.race import duel_jobs, duels
 from report.run import Run, say
-from report.tables import digits, grid, table
+from report.tables import digits, grid, mask, size, table
 
 DUEL_KEYS = ["dtype", "head_dim", "phase"]  # what a crossover is looked for in
 RACE_KEYS = ["head_dim", "causal", "seq_len", "phase"]  # what names a race
@@ -51,6 +54,27 @@ def picks(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def both_rates(rows: pd.DataFrame):
+    """A table of rows of `with_rates`: TFLOP/s, forward / backward, or how the point ended."""
+    phases = zip(*(rows[f"{phase}_tflop_s"].map(digits) for phase in PHASES), strict=True)
+    ended_so = rows["status"].where(rows["forward_tflop_s"].isna(), [" / ".join(both) for both in phases])
+    return grid(rows.assign(mask=mask(rows)), ended_so, ["head_dim", "mask", "seq_len"])
+
+
+def spent(rows: pd.DataFrame) -> pd.DataFrame:
+    """Milliseconds of each kernel of a pass, from rows of anatomy.profiled, and its `share` of the pass."""
+    found = rows.groupby(["variant", "phase", "kernel", "seq_len"], sort=False)["ms"].sum().reset_index()
+    return found.assign(share=found["ms"] / found.groupby(["variant", "phase", "seq_len"])["ms"].transform("sum"))
+
+
+def by_kernel(rows: pd.DataFrame):
+    """A table of rows of `spent`, from one per cent of a pass on."""
+    rows = rows[rows["share"] >= 0.01]
+    cells = [f"{digits(ms)} ({share:.0%})" for ms, share in rows[["ms", "share"]].to_numpy()]
+    rows = rows.assign(kernel=rows["kernel"].map(short_name), N="N = " + rows["seq_len"].astype(str))
+    return grid(rows, cells, ["variant", "phase", "kernel"], "N")
+
+
 def worst(rows: Iterable[dict]) -> float:
     """The largest error over that of the reference, in rows of accuracy.compared."""
     return max(row[f"{result}_of_reference"] for row in rows for result in RESULTS)
@@ -61,6 +85,19 @@ def errors_over_naive(rows: pd.DataFrame, name: str, dtype: str) -> tuple[float,
     errors = rows[rows["dtype"] == dtype].set_index(["variant", "causal"])[[f"{r}_error" for r in RESULTS]].sort_index()
     over = errors.loc[name] / errors.loc["naive"]
     return over.min(axis=None), over.max(axis=None)
+
+
+def accuracies(rows: pd.DataFrame):
+    """A table of rows of accuracy.compared: errors without a mask, also over those of `naive`, and over the reference's."""
+    plain, found = rows[~rows["causal"]], []
+    base = plain[plain["variant"] == "naive"].set_index("dtype")
+    for (variant, dtype), same in rows.groupby(["variant", "dtype"], sort=False):
+        row = {"dtype": dtype, "variant": variant}
+        for what in RESULTS:
+            error = same.loc[~same["causal"], f"{what}_error"].item()
+            row[what] = f"{error:.1e} ({error / base.loc[dtype, f'{what}_error']:.2f}×)"
+        found.append(row | {"of the reference": f"{worst(same.to_dict('records')):.2f}×"})
+    return table(pd.DataFrame(found))
 
 
 def duelled(
@@ -108,6 +145,27 @@ def length(n: float, cell: dict) -> str:
     if math.isinf(n):
         return f"> {cell['longest']}"
     return f"≤ {cell['shortest']}" if n <= cell["shortest"] else f"{n:.0f}"
+
+
+def wins(cells: pd.DataFrame, dtype: str) -> str:
+    """From which lengths on the second wins in a type, in the first run, and by how much at the longest: a sentence."""
+    found = cells.query("run == 1 and dtype == @dtype")
+    froms = []
+    for phase, each in found.groupby("phase", sort=False):
+        texts = [length(cell["seq_len"], cell) for cell in each.to_dict("records")]
+        texts = [text.replace("≤ ", "the shortest tried, ").replace("> ", "beyond ") for text in texts]
+        at = each.assign(text=texts).groupby("text", sort=False)["head_dim"].agg(lambda ds: " and ".join(map(str, ds)))
+        froms.append(f"{phase} from N = {' or '.join(f'{text} (D = {d})' for text, d in at.items())}")
+    least, most, n = found["most"].min(), found["most"].max(), found["longest"].max()
+    names = ", ".join(f"`{name}`" for name in found["second"].unique())
+    return f"In {dtype}, without a mask, {names} takes less time {', '.join(froms)} on; at N = {n} `naive` takes {least:.1f} to {most:.1f} times as long"
+
+
+def promise(first: Variant, second: Variant, shape: Shape, machine: Machine) -> str:
+    """What two variants need for a training step, inputs included, by their laws: a sentence."""
+    more, less = (size(bytes_needed(one, shape, machine)) for one in (first, second))
+    where = f"one sequence of N = {shape.seq_len:,}, {shape.heads} heads of {shape.head_dim}, {shape.dtype}"
+    return f"**What the laws say in memory.** A training step ({where}) takes {more} with `{first.name}` and {less} with `{second.name}`, inputs included."
 
 
 def crossovers(cells: pd.DataFrame):
@@ -175,3 +233,16 @@ def memory_crossover(first: Variant, second: Variant, shape: Shape, phase: str, 
 
     longest = 4096  # from there on the matrices decide
     return next((n + 1 for n in range(longest, 0, -1) if need(second, n) >= need(first, n)), 1)
+
+
+def memory_crossovers(rivals: Mapping[str, str], head_dims: Iterable[int], machine: Machine):
+    """A table of `memory_crossover` of `naive` and each type's rival, `{dtype: variant}`, and of bytes at N = 16384."""
+    found = []
+    for (dtype, name), d in product(rivals.items(), head_dims):
+        both, shape = (VARIANTS["naive"], VARIANTS[name]), Shape(1, 8, 1, d, dtype)
+        row = {"dtype": dtype, "head_dim": d, "flash": name}
+        for title, phase in (("forward", "forward"), ("training", "backward")):
+            row[f"{title}, from N"] = memory_crossover(*both, shape, phase, machine)
+        less, more = (size(bytes_needed(one, at_length(shape, 16384), machine)) for one in reversed(both))
+        found.append(row | {"training at N = 16384": f"{less} instead of {more}"})
+    return table(pd.DataFrame(found))

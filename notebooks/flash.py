@@ -1,0 +1,190 @@
+"""What chapter 3 draws by itself: one step of flash attention, its softmax on four scores, and lines with their names."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
+
+from attnlib.core import PHASES
+from attnlib.variants.tiled import take_in
+from report import plots
+
+HELD, NOW, WRITTEN, ASIDE = "#56b4e9", "#d62728", "#3c3c3c", "#cccccc"  # in fast memory; alive for one step; done; not
+SHADES = ("#08306b", "#2171b5", "#6baed6", "#c6dbef")  # of four scores
+
+
+def online(scores: Sequence[float]) -> list[dict]:
+    """m, ell and `fade`, what the sum before was multiplied by, after each score: `tiled.take_in` with tiles of one."""
+    one, found = torch.ones(1, 1, 1), []
+    m, ell, o = torch.full_like(one, -math.inf), torch.zeros_like(one), torch.zeros_like(one)
+    for score in scores:
+        before = m.item()
+        take_in(one, score * one, one, m, ell, o, (0, 0, False))
+        found.append({"m": m.item(), "ell": ell.item(), "fade": math.exp(before - m.item())})
+    return found
+
+
+def _blocks(ax, x: float, y: float, name: str, colours: Sequence[str | None], down: bool, wide: float = 1):
+    """A row of blocks (a column, if down) from x, y on, with its name before the first."""
+    for at, colour in enumerate(colours):
+        corner = (x, y - at) if down else (x + at, y)
+        size = (wide, 0.9) if down else (0.9, wide)
+        ax.add_patch(Rectangle(corner, *size, fc=colour or "white", ec=WRITTEN, lw=0.6))
+    there = (x + wide / 2, y + 1.25) if down else (x - 0.3, y + wide / 2)
+    ax.text(*there, name, ha="center" if down else "right", va="center", fontsize=9)
+
+
+def step(ax, blocks: int = 6, row: int = 2, column: int = 3):
+    """The blocks of Q, K, V and O at one step of the forward pass, and the tiles of scores before and after it."""
+    top = blocks - 1
+    _blocks(ax, 0, top + 2.6, "$K$", [HELD if j == column else None for j in range(blocks)], False, 0.7)
+    _blocks(ax, 0, top + 1.6, "$V$", [HELD if j == column else None for j in range(blocks)], False, 0.7)
+    _blocks(ax, -1.4, top, "$Q$", [HELD if i == row else None for i in range(blocks)], True, 0.8)
+    done = [HELD if i == row else ASIDE if i < row else None for i in range(blocks)]
+    _blocks(ax, blocks + 0.5, top, "$O$", done, True, 0.8)
+    _blocks(ax, blocks + 1.7, top, r"$m, \ell$", done, True, 0.4)
+    for i in range(blocks):
+        for j in range(blocks):
+            seen, here = i < row or (i == row and j < column), (i, j) == (row, column)
+            look = {"fc": NOW, "ec": NOW} if here else {"fc": "#eeeeee" if seen else "none", "ec": ASIDE, "ls": ":"}
+            ax.add_patch(Rectangle((j, top - i), 0.9, 0.9, lw=0.8, **look))
+    forth = {"arrowstyle": "->", "color": WRITTEN, "lw": 1}
+    ax.annotate("", (blocks, top - row + 0.45), (column + 1, top - row + 0.45), arrowprops=forth, zorder=3)
+    ax.text(-1.4, -0.75, "blue: in fast memory at this step", fontsize=7.5, color="#1a6d9c")
+    ax.text(-1.4, -1.5, "red: the only scores that exist now", fontsize=7.5, color=NOW)
+    ax.text(-1.4, -2.25, "grey: done; of the scores nothing is kept", fontsize=7.5, color="#666666")
+    ax.set(xlim=(-2.3, blocks + 2.4), ylim=(-2.6, top + 3.6), aspect="equal")
+    ax.axis("off")
+
+
+def sums(ax, scores: Sequence[float]):
+    """The running sum after each score, made of one piece per score, with the maximum that it is measured against."""
+    for at, now in enumerate(found := online(scores)):
+        bottom = 0.0
+        for one, shade in zip(scores[: at + 1], SHADES, strict=False):
+            piece = math.exp(one - now["m"])
+            ax.bar(at, piece, 0.55, bottom=bottom, color=shade, ec="white", lw=0.5)
+            bottom += piece
+        ax.text(at, bottom + 0.05, f"$\\ell$ = {now['ell']:.2f}", ha="center", fontsize=8)
+        if at:
+            ax.text(at - 0.5, 2.3, f"×{now['fade']:.2f}\n→", ha="center", fontsize=8, color=NOW)
+    ticks = [f"{score:g}\n{now['m']:g}" for score, now in zip(scores, found, strict=True)]
+    ax.set_xticks(range(len(scores)), ticks)
+    ax.text(-0.85, -0.045, "score\nmaximum", ha="right", va="top", fontsize=8, transform=ax.get_xaxis_transform())
+    ax.text(-0.7, 2.42, "the old\nsum fades", va="center", fontsize=8, color=NOW)
+    ax.set(ylim=(0, 2.75), xlim=(-0.8, len(scores) - 0.5), ylabel="sum so far, a piece for each score")
+    ax.grid(visible=False)
+
+
+def one_step(scores: Sequence[float]):
+    """The figure of `step` and `sums`."""
+    kind = {"figsize": (plots.WIDTH, 2.9), "layout": "constrained", "width_ratios": (1, 1.05)}
+    figure, (left, right) = plt.subplots(1, 2, **kind)
+    left.set_title("One step of the forward pass")
+    right.set_title("Four scores, one at a time")
+    step(left)
+    sums(right, scores)
+    return figure
+
+
+def name_ends(ax, ends: Mapping[str, tuple[float, float, str]], gap: float = 0.09, near: float = 0.03):
+    """Write names beside the ends `{name: (x, y, colour)}` of lines, `gap` of the axes' height apart; one text for all
+    ends that lie closer than `near`."""
+    placed: list[tuple[float, float, float, str, str]] = []
+    for name, (x, y, own) in sorted(ends.items(), key=lambda end: end[1][1]):
+        at = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1]
+        if placed and at - placed[-1][0] < near and x == placed[-1][1]:
+            placed[-1] = (*placed[-1][:3], f"{placed[-1][3]}, {name}", placed[-1][4])
+        else:
+            placed.append((at, x, y, name, own))
+    heights = [at for at, *_ in placed]
+    for one in range(1, len(heights)):
+        heights[one] = max(heights[one], heights[one - 1] + gap)
+    for one in reversed(range(len(heights))):
+        heights[one] = min(heights[one], 1.0 if one == len(heights) - 1 else heights[one + 1] - gap)
+    for height, (_, x, y, name, own) in zip(heights, placed, strict=True):
+        dark = tuple(0.7 * part for part in to_rgb(own))
+        how = {"textcoords": "axes fraction", "fontsize": 7.5, "color": dark, "va": "center", "annotation_clip": False}
+        ax.annotate(name, (x, y), (1.03, height), arrowprops={"arrowstyle": "-", "color": own, "lw": 0.6}, **how)
+
+
+def named_lines(ax, rows: pd.DataFrame, column: str, **how):
+    """A line for each variant, `column` against N, with its name at its end."""
+    rows = rows.dropna(subset=[column]).sort_values("seq_len")
+    plots.lines(ax, rows, column)
+    last = rows.groupby("variant", sort=False)[["seq_len", column]].last()
+    name_ends(
+        ax, {name: (*end, plots.colour(name)) for name, end in zip(last.index, last.to_numpy(), strict=True)}, **how
+    )
+
+
+def peaks(rows: pd.DataFrame, title: str):
+    """Peaks of both phases against N in tensors of the size of Q, `<phase>_peak_bytes` beside `…_law_bytes`."""
+    figure, axes = plots.panels(PHASES, xs=rows["seq_len"], ylabel="peak ÷ size of Q")
+    figure.suptitle(title, fontsize=9)
+    for ax, phase in zip(axes, PHASES, strict=True):
+        ends = {}
+        for name, one in rows.sort_values("seq_len").groupby("variant", sort=False):
+            own, unit = plots.colour(name), one["input_bytes"] / 3
+            law, lost = one[f"{phase}_peak_law_bytes"] / unit, one["status"] == "oom"
+            ax.plot(one["seq_len"], law, color=own, lw=1)
+            ax.plot(one["seq_len"], one[f"{phase}_peak_bytes"] / unit, "o", color=own, ms=3.5)
+            ax.plot(one["seq_len"][lost], law[lost], "x", color=own, ms=7, mew=2)
+            ends[name] = (one["seq_len"].iloc[-1], law.iloc[-1], own)
+        name_ends(ax, ends)
+    return figure
+
+
+def crossed_over(rows: pd.DataFrame, device: str):
+    """Ratios of duels against N with their intervals, a panel for each phase. A type whose ratios at the longest length
+    are those of a type before it, within 3 %, is named with that one and not drawn again."""
+    figure, axes = plots.panels(PHASES, xs=rows["seq_len"], device=device, ylabel="naive ÷ flash")
+    between = (0.5, 2, 3, 5) if rows["ratio"].max() < 50 * rows["ratio"].min() else ()
+    for ax, phase in zip(axes, PHASES, strict=True):
+        ends: dict[str, tuple] = {}
+        plots.level(ax, 1)
+        cells = rows[rows["phase"] == phase].sort_values("seq_len").groupby(["dtype", "head_dim"], sort=False)
+        for own, ((dtype, d), cell) in zip(plots.SPARE, cells, strict=False):
+            ax.fill_between(cell["seq_len"], cell["low"], cell["high"], color=own, alpha=0.3, lw=0)
+            plots.line(ax, cell["seq_len"], cell["ratio"], own, "", "-")
+            ends[f"{dtype}, D {d}"] = (cell["seq_len"].iloc[-1], cell["ratio"].iloc[-1], own)
+        plots.times(ax, between)
+        name_ends(ax, ends)
+    return figure
+
+
+def rates(rows: pd.DataFrame, product_tflop_s: float, title: str):
+    """`forward_tflop_s` and `backward_tflop_s` against N, a row of panels each, without and with a mask."""
+    masks = [part for _, part in rows.groupby("causal")]
+    look = {"figsize": (plots.WIDTH, 4.2), "sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(len(PHASES), len(masks), **look)
+    figure.suptitle(title, fontsize=9)
+    for row, phase in zip(axes, PHASES, strict=True):
+        row[0].set_ylabel(f"{phase} TFLOP/s")
+        for ax, part in zip(row, masks, strict=True):
+            plots.level(ax, product_tflop_s)
+            plots.over_lengths(ax, rows["seq_len"])
+            ax.set(ylim=(0, 1.05 * product_tflop_s))
+            named_lines(ax, part, f"{phase}_tflop_s", near=0.02)
+    for ax, part in zip(axes[0], masks, strict=True):
+        ax.set_title("causal" if part["causal"].iloc[0] else "full")
+    return figure
+
+
+def in_blocks(rows: pd.DataFrame, title: str):
+    """Of a block: the time with `naive` over that with each other variant, and tokens per millisecond, against N."""
+    base = rows[rows["variant"] == "naive"].set_index("seq_len")["forward_backward_ms"]
+    rows = rows.assign(ratio=rows["seq_len"].map(base) / rows["forward_backward_ms"])
+    figure, (left, right) = plots.panels(
+        ("naive ÷ kernel, time", "tokens per ms"), xs=rows["seq_len"], ylabel="", sharey=False
+    )
+    figure.suptitle(title, fontsize=9)
+    plots.level(left, 1)
+    named_lines(left, rows[rows["variant"] != "naive"], "ratio", near=0.02)
+    plots.times(left, (0.5, 2, 3, 5))
+    named_lines(right, rows, "tokens_per_ms", near=0.02)
+    return figure
