@@ -92,24 +92,27 @@ def one_step(scores: Sequence[float]):
 
 
 def name_ends(ax, ends: Mapping[str, tuple[float, float, str]], gap: float = 0.09, near: float = 0.03):
-    """Write names beside the ends `{name: (x, y, colour)}` of lines, `gap` of the axes' height apart; one text for all
-    ends that lie closer than `near`."""
-    placed: list[tuple[float, float, float, str, str]] = []
+    """Write names beside the ends `{name: (x, y, colour)}` of lines, once all that shares the axes is drawn: `gap` of
+    their height apart, with one text for all ends closer than `near`. Under a line that ends early stands its name."""
+    ax.get_ylim()  # or the transformation is that of before the last line
+    furthest, placed = max(x for x, *_ in ends.values()), list[list]()
     for name, (x, y, own) in sorted(ends.items(), key=lambda end: end[1][1]):
+        dark = {"color": tuple(0.7 * part for part in to_rgb(own)), "fontsize": 7.5, "annotation_clip": False}
         at = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1]
-        if placed and at - placed[-1][0] < near and x == placed[-1][1]:
-            placed[-1] = (*placed[-1][:3], f"{placed[-1][3]}, {name}", placed[-1][4])
+        if x < furthest:
+            ax.annotate(name, (x, y), (0, -5), textcoords="offset points", ha="center", va="top", **dark)
+        elif placed and at - placed[-1][0] < near:
+            placed[-1][2] += f", {name}"
         else:
-            placed.append((at, x, y, name, own))
+            placed.append([at, (x, y), name, own, dark])
     heights = [at for at, *_ in placed]
     for one in range(1, len(heights)):
         heights[one] = max(heights[one], heights[one - 1] + gap)
     for one in reversed(range(len(heights))):
         heights[one] = min(heights[one], 1.0 if one == len(heights) - 1 else heights[one + 1] - gap)
-    for height, (_, x, y, name, own) in zip(heights, placed, strict=True):
-        dark = tuple(0.7 * part for part in to_rgb(own))
-        how = {"textcoords": "axes fraction", "fontsize": 7.5, "color": dark, "va": "center", "annotation_clip": False}
-        ax.annotate(name, (x, y), (1.03, height), arrowprops={"arrowstyle": "-", "color": own, "lw": 0.6}, **how)
+    for height, (_, end, name, own, dark) in zip(heights, placed, strict=True):
+        lead = {"arrowstyle": "-", "color": own, "lw": 0.6}
+        ax.annotate(name, end, (1.03, height), textcoords="axes fraction", va="center", arrowprops=lead, **dark)
 
 
 def named_lines(ax, rows: pd.DataFrame, column: str, **how):
@@ -123,36 +126,34 @@ def named_lines(ax, rows: pd.DataFrame, column: str, **how):
 
 
 def peaks(rows: pd.DataFrame, title: str):
-    """Peaks of both phases against N in tensors of the size of Q, `<phase>_peak_bytes` beside `…_law_bytes`."""
-    figure, axes = plots.panels(PHASES, xs=rows["seq_len"], ylabel="peak ÷ size of Q")
-    figure.suptitle(title, fontsize=9)
-    for ax, phase in zip(axes, PHASES, strict=True):
-        ends = {}
-        for name, one in rows.sort_values("seq_len").groupby("variant", sort=False):
-            own, unit = plots.colour(name), one["input_bytes"] / 3
-            law, lost = one[f"{phase}_peak_law_bytes"] / unit, one["status"] == "oom"
-            ax.plot(one["seq_len"], law, color=own, lw=1)
-            ax.plot(one["seq_len"], one[f"{phase}_peak_bytes"] / unit, "o", color=own, ms=3.5)
-            ax.plot(one["seq_len"][lost], law[lost], "x", color=own, ms=7, mew=2)
-            ends[name] = (one["seq_len"].iloc[-1], law.iloc[-1], own)
-        name_ends(ax, ends)
+    """The peak of training against N in tensors of the size of Q: the law as a line, what was measured as dots."""
+    figure, (ax,) = plots.panels((title,), xs=rows["seq_len"], ylabel="peak ÷ size of Q")
+    ends = {}
+    for name, one in rows.sort_values("seq_len").groupby("variant", sort=False):
+        own, unit, lost = plots.colour(name), one["input_bytes"] / 3, one["status"] == "oom"
+        law = one["backward_peak_law_bytes"] / unit
+        ax.plot(one["seq_len"], law, color=own, lw=1.2)
+        ax.plot(one["seq_len"], one["backward_peak_bytes"] / unit, "o", color=own, ms=4)
+        ax.plot(one["seq_len"][lost], law[lost], "x", color=own, ms=7, mew=2)
+        ends[name] = (one["seq_len"].iloc[-1], law.iloc[-1], own)
+    name_ends(ax, ends)
     return figure
 
 
 def crossed_over(rows: pd.DataFrame, device: str):
-    """Ratios of duels against N with their intervals, a panel for each phase. A type whose ratios at the longest length
-    are those of a type before it, within 3 %, is named with that one and not drawn again."""
-    figure, axes = plots.panels(PHASES, xs=rows["seq_len"], device=device, ylabel="naive ÷ flash")
-    between = (0.5, 2, 3, 5) if rows["ratio"].max() < 50 * rows["ratio"].min() else ()
+    """Ratios of duels against N with their intervals as bands, a panel for each phase, a line for each type and D."""
+    figure, axes = plots.panels(PHASES, xs=sorted(set(rows["seq_len"]))[::-2], device=device, ylabel="naive ÷ flash")
+    between, named = (0.5, 2, 3, 5) if rows["ratio"].max() < 50 * rows["ratio"].min() else (), []
     for ax, phase in zip(axes, PHASES, strict=True):
-        ends: dict[str, tuple] = {}
+        named.append({})
         plots.level(ax, 1)
         cells = rows[rows["phase"] == phase].sort_values("seq_len").groupby(["dtype", "head_dim"], sort=False)
         for own, ((dtype, d), cell) in zip(plots.SPARE, cells, strict=False):
             ax.fill_between(cell["seq_len"], cell["low"], cell["high"], color=own, alpha=0.3, lw=0)
             plots.line(ax, cell["seq_len"], cell["ratio"], own, "", "-")
-            ends[f"{dtype}, D {d}"] = (cell["seq_len"].iloc[-1], cell["ratio"].iloc[-1], own)
+            named[-1][f"{dtype}, D {d}"] = (cell["seq_len"].iloc[-1], cell["ratio"].iloc[-1], own)
         plots.times(ax, between)
+    for ax, ends in zip(axes, named, strict=True):
         name_ends(ax, ends)
     return figure
 
@@ -177,11 +178,11 @@ def rates(rows: pd.DataFrame, product_tflop_s: float, title: str):
 
 def in_blocks(rows: pd.DataFrame, title: str):
     """Of a block: the time with `naive` over that with each other variant, and tokens per millisecond, against N."""
+    rows = rows[rows["variant"] != "sdpa_default"]
     base = rows[rows["variant"] == "naive"].set_index("seq_len")["forward_backward_ms"]
     rows = rows.assign(ratio=rows["seq_len"].map(base) / rows["forward_backward_ms"])
-    figure, (left, right) = plots.panels(
-        ("naive ÷ kernel, time", "tokens per ms"), xs=rows["seq_len"], ylabel="", sharey=False
-    )
+    how = {"xs": sorted(set(rows["seq_len"]))[::2], "ylabel": "", "sharey": False}
+    figure, (left, right) = plots.panels(("time, naive ÷ kernel", "tokens per ms"), **how)
     figure.suptitle(title, fontsize=9)
     plots.level(left, 1)
     named_lines(left, rows[rows["variant"] != "naive"], "ratio", near=0.02)

@@ -153,9 +153,12 @@ def wins(cells: pd.DataFrame, dtype: str) -> str:
     froms = []
     for phase, each in found.groupby("phase", sort=False):
         texts = [length(cell["seq_len"], cell) for cell in each.to_dict("records")]
-        texts = [text.replace("≤ ", "the shortest tried, ").replace("> ", "beyond ") for text in texts]
+        texts = [
+            {"≤": "the shortest length tried,", ">": "beyond N ="}.get(text[0], "N =") + " " + text.lstrip("≤> ")
+            for text in texts
+        ]
         at = each.assign(text=texts).groupby("text", sort=False)["head_dim"].agg(lambda ds: " and ".join(map(str, ds)))
-        froms.append(f"{phase} from N = {' or '.join(f'{text} (D = {d})' for text, d in at.items())}")
+        froms.append(f"{phase} from {' or '.join(f'{text} (D = {d})' for text, d in at.items())}")
     least, most, n = found["most"].min(), found["most"].max(), found["longest"].max()
     names = ", ".join(f"`{name}`" for name in found["second"].unique())
     return f"In {dtype}, without a mask, {names} takes less time {', '.join(froms)} on; at N = {n} `naive` takes {least:.1f} to {most:.1f} times as long"
@@ -173,8 +176,9 @@ def crossovers(cells: pd.DataFrame):
     found = []
     for names, runs in cells.groupby(DUEL_KEYS, sort=False):
         one, *others = runs.sort_values("run").to_dict("records")
-        row = dict(zip(DUEL_KEYS, names, strict=True)) | {"variant": one["second"]}
-        row |= {"wins from N": f"{length(one['seq_len'], one)} [{length(one['low'], one)}, {length(one['high'], one)}]"}
+        row = dict(zip(("dtype", "D", "phase"), names, strict=True)) | {"variant": one["second"]}
+        at, *ends = (length(one[end], one) for end in ("seq_len", "low", "high"))
+        row |= {"wins from N": at if set(ends) == {at} else f"{at} [{ends[0]}, {ends[1]}]"}
         if others:
             row["second run"] = length(others[0]["seq_len"], others[0])
         row |= {f"ratio at {one[n]}": f"{one[ratio]:.2f}×" for n, ratio in (("shortest", "least"), ("longest", "most"))}
