@@ -160,17 +160,17 @@ def crossed_over(rows: pd.DataFrame, device: str):
 
 def rates(rows: pd.DataFrame, product_tflop_s: float, title: str):
     """`forward_tflop_s` and `backward_tflop_s` against N, a row of panels each, without and with a mask."""
-    masks = [part for _, part in rows.groupby("causal")]
+    masks, columns = [part for _, part in rows.groupby("causal")], [f"{phase}_tflop_s" for phase in PHASES]
     look = {"figsize": (plots.WIDTH, 4.2), "sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(len(PHASES), len(masks), **look)
     figure.suptitle(title, fontsize=9)
-    for row, phase in zip(axes, PHASES, strict=True):
+    for row, phase, column in zip(axes, PHASES, columns, strict=True):
         row[0].set_ylabel(f"{phase} TFLOP/s")
         for ax, part in zip(row, masks, strict=True):
             plots.level(ax, product_tflop_s)
             plots.over_lengths(ax, rows["seq_len"])
-            ax.set(ylim=(0, 1.05 * product_tflop_s))
-            named_lines(ax, part, f"{phase}_tflop_s", near=0.02)
+            ax.set(ylim=(0, 1.05 * max(product_tflop_s, rows[columns].max(axis=None))))
+            named_lines(ax, part, column, near=0.02)
     for ax, part in zip(axes[0], masks, strict=True):
         ax.set_title("causal" if part["causal"].iloc[0] else "full")
     return figure
