@@ -15,10 +15,9 @@ from attnlib.memory.fit import at_length
 from attnlib.memory.ledger import ledger
 from attnlib.rows import shape_of
 from report.accuracy import RESULTS
-from report.anatomy import short_name
 from report.race import duel_jobs, duels
 from report.run import Run, say
-from report.tables import digits, grid, mask, size, table
+from report.tables import digits, grid, size, table
 
 DUEL_KEYS = ["dtype", "head_dim", "phase"]  # what a crossover is looked for in
 RACE_KEYS = ["head_dim", "causal", "seq_len", "phase"]  # what names a race
@@ -54,27 +53,6 @@ def picks(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def both_rates(rows: pd.DataFrame):
-    """A table of rows of `with_rates`: TFLOP/s, forward / backward, or how the point ended."""
-    phases = zip(*(rows[f"{phase}_tflop_s"].map(digits) for phase in PHASES), strict=True)
-    ended_so = rows["status"].where(rows["forward_tflop_s"].isna(), [" / ".join(both) for both in phases])
-    return grid(rows.assign(mask=mask(rows)), ended_so, ["head_dim", "mask", "seq_len"])
-
-
-def spent(rows: pd.DataFrame) -> pd.DataFrame:
-    """Milliseconds of each kernel of a pass, from rows of anatomy.profiled, and its `share` of the pass."""
-    found = rows.groupby(["variant", "phase", "kernel", "seq_len"], sort=False)["ms"].sum().reset_index()
-    return found.assign(share=found["ms"] / found.groupby(["variant", "phase", "seq_len"])["ms"].transform("sum"))
-
-
-def by_kernel(rows: pd.DataFrame):
-    """A table of rows of `spent`, from one per cent of a pass on."""
-    rows = rows[rows["share"] >= 0.01]
-    cells = [f"{digits(ms)} ({share:.0%})" for ms, share in rows[["ms", "share"]].to_numpy()]
-    rows = rows.assign(kernel=rows["kernel"].map(short_name), N="N = " + rows["seq_len"].astype(str))
-    return grid(rows, cells, ["variant", "phase", "kernel"], "N")
-
-
 def worst(rows: Iterable[dict]) -> float:
     """The largest error over that of the reference, in rows of accuracy.compared."""
     return max(row[f"{result}_of_reference"] for row in rows for result in RESULTS)
@@ -85,19 +63,6 @@ def errors_over_naive(rows: pd.DataFrame, name: str, dtype: str) -> tuple[float,
     errors = rows[rows["dtype"] == dtype].set_index(["variant", "causal"])[[f"{r}_error" for r in RESULTS]].sort_index()
     over = errors.loc[name] / errors.loc["naive"]
     return over.min(axis=None), over.max(axis=None)
-
-
-def accuracies(rows: pd.DataFrame):
-    """A table of rows of accuracy.compared: errors without a mask, also over those of `naive`, and over the reference's."""
-    plain, found = rows[~rows["causal"]], []
-    base = plain[plain["variant"] == "naive"].set_index("dtype")
-    for (variant, dtype), same in rows.groupby(["variant", "dtype"], sort=False):
-        row = {"dtype": dtype, "variant": variant}
-        for what in RESULTS:
-            error = same.loc[~same["causal"], f"{what}_error"].item()
-            row[what] = f"{error:.1e} ({error / base.loc[dtype, f'{what}_error']:.2f}×)"
-        found.append(row | {"of the reference": f"{worst(same.to_dict('records')):.2f}×"})
-    return table(pd.DataFrame(found))
 
 
 def duelled(
@@ -162,13 +127,6 @@ def wins(cells: pd.DataFrame, dtype: str) -> str:
     least, most, n = found["most"].min(), found["most"].max(), found["longest"].max()
     names = ", ".join(f"`{name}`" for name in found["second"].unique())
     return f"In {dtype}, without a mask, {names} takes less time {', '.join(froms)} on; at N = {n} `naive` takes {least:.1f} to {most:.1f} times as long"
-
-
-def promise(first: Variant, second: Variant, shape: Shape, machine: Machine) -> str:
-    """What two variants need for a training step, inputs included, by their laws: a sentence."""
-    more, less = (size(bytes_needed(one, shape, machine)) for one in (first, second))
-    where = f"one sequence of N = {shape.seq_len:,}, {shape.heads} heads of {shape.head_dim}, {shape.dtype}"
-    return f"**What the laws say in memory.** A training step ({where}) takes {more} with `{first.name}` and {less} with `{second.name}`, inputs included."
 
 
 def crossovers(cells: pd.DataFrame):

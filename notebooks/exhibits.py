@@ -1,4 +1,4 @@
-"""What chapter 3 draws by itself: one step of flash attention, its softmax on four scores, and lines with their names."""
+"""What chapter 3 alone shows: a step of flash attention, its softmax on four scores, lines with their names, tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,14 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from attnlib.core import PHASES
+from attnlib.core import PHASES, Machine, Shape
+from attnlib.laws import Variant, bytes_needed
 from attnlib.variants.tiled import take_in
+from notebooks.races import worst
 from report import plots
+from report.accuracy import RESULTS
+from report.anatomy import short_name
+from report.tables import digits, grid, mask, size, table
 
 HELD, NOW, WRITTEN, ASIDE = "#56b4e9", "#d62728", "#3c3c3c", "#cccccc"  # in fast memory; alive for one step; done; not
 SHADES = ("#08306b", "#2171b5", "#6baed6", "#c6dbef")  # of four scores
@@ -189,3 +194,44 @@ def in_blocks(rows: pd.DataFrame, title: str):
     plots.times(left, (0.5, 2, 3, 5))
     named_lines(right, rows, "tokens_per_ms", near=0.02)
     return figure
+
+
+def both_rates(rows: pd.DataFrame):
+    """A table of rows of `with_rates`: TFLOP/s, forward / backward, or how the point ended."""
+    phases = zip(*(rows[f"{phase}_tflop_s"].map(digits) for phase in PHASES), strict=True)
+    ended_so = rows["status"].where(rows["forward_tflop_s"].isna(), [" / ".join(both) for both in phases])
+    return grid(rows.assign(mask=mask(rows)), ended_so, ["head_dim", "mask", "seq_len"])
+
+
+def spent(rows: pd.DataFrame) -> pd.DataFrame:
+    """Milliseconds of each kernel of a pass, from rows of anatomy.profiled, and its `share` of the pass."""
+    found = rows.groupby(["variant", "phase", "kernel", "seq_len"], sort=False)["ms"].sum().reset_index()
+    return found.assign(share=found["ms"] / found.groupby(["variant", "phase", "seq_len"])["ms"].transform("sum"))
+
+
+def by_kernel(rows: pd.DataFrame):
+    """A table of rows of `spent`, from one per cent of a pass on."""
+    rows = rows[rows["share"] >= 0.01]
+    cells = [f"{digits(ms)} ({share:.0%})" for ms, share in rows[["ms", "share"]].to_numpy()]
+    rows = rows.assign(kernel=rows["kernel"].map(short_name), N="N = " + rows["seq_len"].astype(str))
+    return grid(rows, cells, ["variant", "phase", "kernel"], "N")
+
+
+def accuracies(rows: pd.DataFrame):
+    """A table of rows of accuracy.compared: errors without a mask, also over those of `naive`, and over the reference's."""
+    plain, found = rows[~rows["causal"]], []
+    base = plain[plain["variant"] == "naive"].set_index("dtype")
+    for (variant, dtype), same in rows.groupby(["variant", "dtype"], sort=False):
+        row = {"dtype": dtype, "variant": variant}
+        for what in RESULTS:
+            error = same.loc[~same["causal"], f"{what}_error"].item()
+            row[what] = f"{error:.1e} ({error / base.loc[dtype, f'{what}_error']:.2f}×)"
+        found.append(row | {"of the reference": f"{worst(same.to_dict('records')):.2f}×"})
+    return table(pd.DataFrame(found))
+
+
+def promise(first: Variant, second: Variant, shape: Shape, machine: Machine) -> str:
+    """What two variants need for a training step, inputs included, by their laws: a sentence."""
+    more, less = (size(bytes_needed(one, shape, machine)) for one in (first, second))
+    where = f"one sequence of N = {shape.seq_len:,}, {shape.heads} heads of {shape.head_dim}, {shape.dtype}"
+    return f"**What the laws say in memory.** A training step ({where}) takes {more} with `{first.name}` and {less} with `{second.name}`, inputs included."
