@@ -1,12 +1,11 @@
-"""What chapter 3 alone shows: a step of flash attention, its softmax on four scores, lines with their names, tables."""
+"""What chapter 3 alone shows: a step of flash attention, its softmax on four scores, its curves and tables."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
 from attnlib.core import PHASES, Machine, Shape
@@ -96,40 +95,6 @@ def one_step(scores: Sequence[float]):
     return figure
 
 
-def name_ends(ax, ends: Mapping[str, tuple[float, float, str]], gap: float = 0.09, near: float = 0.03):
-    """Write names beside the ends `{name: (x, y, colour)}` of lines, once all that shares the axes is drawn: `gap` of
-    their height apart, with one text for all ends closer than `near`. Under a line that ends early stands its name."""
-    ax.get_ylim()  # or the transformation is that of before the last line
-    furthest, placed = max(x for x, *_ in ends.values()), list[list]()
-    for name, (x, y, own) in sorted(ends.items(), key=lambda end: end[1][1]):
-        dark = {"color": tuple(0.7 * part for part in to_rgb(own)), "fontsize": 7.5, "annotation_clip": False}
-        at = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1]
-        if x < furthest:
-            ax.annotate(name, (x, y), (0, -5), textcoords="offset points", ha="center", va="top", **dark)
-        elif placed and at - placed[-1][0] < near:
-            placed[-1][2] += f", {name}"
-        else:
-            placed.append([at, (x, y), name, own, dark])
-    heights = [at for at, *_ in placed]
-    for one in range(1, len(heights)):
-        heights[one] = max(heights[one], heights[one - 1] + gap)
-    for one in reversed(range(len(heights))):
-        heights[one] = min(heights[one], 1.0 if one == len(heights) - 1 else heights[one + 1] - gap)
-    for height, (_, end, name, own, dark) in zip(heights, placed, strict=True):
-        lead = {"arrowstyle": "-", "color": own, "lw": 0.6}
-        ax.annotate(name, end, (1.03, height), textcoords="axes fraction", va="center", arrowprops=lead, **dark)
-
-
-def named_lines(ax, rows: pd.DataFrame, column: str, **how):
-    """A line for each variant, `column` against N, with its name at its end."""
-    rows = rows.dropna(subset=[column]).sort_values("seq_len")
-    plots.lines(ax, rows, column)
-    last = rows.groupby("variant", sort=False)[["seq_len", column]].last()
-    name_ends(
-        ax, {name: (*end, plots.colour(name)) for name, end in zip(last.index, last.to_numpy(), strict=True)}, **how
-    )
-
-
 def peaks(rows: pd.DataFrame, title: str):
     """The peak of training against N in tensors of the size of Q: the law as a line, what was measured as dots."""
     figure, (ax,) = plots.panels((title,), xs=rows["seq_len"], ylabel="peak ÷ size of Q")
@@ -141,7 +106,7 @@ def peaks(rows: pd.DataFrame, title: str):
         ax.plot(one["seq_len"], one["backward_peak_bytes"] / unit, "o", color=own, ms=4)
         ax.plot(one["seq_len"][lost], law[lost], "x", color=own, ms=7, mew=2)
         ends[name] = (one["seq_len"].iloc[-1], law.iloc[-1], own)
-    name_ends(ax, ends)
+    plots.name_ends(ax, ends)
     return figure
 
 
@@ -159,7 +124,7 @@ def crossed_over(rows: pd.DataFrame, device: str):
             named[-1][f"{dtype}, D {d}"] = (cell["seq_len"].iloc[-1], cell["ratio"].iloc[-1], own)
         plots.times(ax, between)
     for ax, ends in zip(axes, named, strict=True):
-        name_ends(ax, ends)
+        plots.name_ends(ax, ends)
     return figure
 
 
@@ -175,7 +140,7 @@ def rates(rows: pd.DataFrame, product_tflop_s: float, title: str):
             plots.level(ax, product_tflop_s)
             plots.over_lengths(ax, rows["seq_len"])
             ax.set(ylim=(0, 1.05 * max(product_tflop_s, rows[columns].max(axis=None))))
-            named_lines(ax, part, column, near=0.02)
+            plots.named_lines(ax, part, column, near=0.02)
     for ax, part in zip(axes[0], masks, strict=True):
         ax.set_title("causal" if part["causal"].iloc[0] else "full")
     return figure
@@ -190,9 +155,9 @@ def in_blocks(rows: pd.DataFrame, title: str):
     figure, (left, right) = plots.panels(("time, naive ÷ kernel", "tokens per ms"), **how)
     figure.suptitle(title, fontsize=9)
     plots.level(left, 1)
-    named_lines(left, rows[rows["variant"] != "naive"], "ratio", near=0.02)
+    plots.named_lines(left, rows[rows["variant"] != "naive"], "ratio", near=0.02)
     plots.times(left, (0.5, 2, 3, 5))
-    named_lines(right, rows, "tokens_per_ms", near=0.02)
+    plots.named_lines(right, rows, "tokens_per_ms", near=0.02)
     return figure
 
 
