@@ -3,10 +3,12 @@
 A crossover is the length from which on one variant wins: in time by races, in memory by laws."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 import pandas as pd
 
+from attnlib import VARIANTS
 from attnlib.core import PHASES, Machine, Shape
 from attnlib.laws import Variant, bytes_needed, useful_flops
 from attnlib.memory.fit import at_length
@@ -15,7 +17,7 @@ from attnlib.rows import shape_of
 from report.accuracy import RESULTS
 from report.race import duel_jobs, duels
 from report.run import Run, say
-from report.tables import digits, grid, table
+from report.tables import digits, grid, size, table
 
 DUEL_KEYS = ["dtype", "head_dim", "phase"]  # what a crossover is looked for in
 RACE_KEYS = ["head_dim", "causal", "seq_len", "phase"]  # what names a race
@@ -110,13 +112,31 @@ def length(n: float, cell: dict) -> str:
     return f"≤ {cell['shortest']}" if n <= cell["shortest"] else f"{n:.0f}"
 
 
+def wins(cells: pd.DataFrame, dtype: str) -> str:
+    """From which lengths on the second wins in a type, in the first run, and by how much at the longest: a sentence."""
+    found = cells.query("run == 1 and dtype == @dtype")
+    froms = []
+    for phase, each in found.groupby("phase", sort=False):
+        texts = [length(cell["seq_len"], cell) for cell in each.to_dict("records")]
+        texts = [
+            {"≤": "the shortest length tried,", ">": "beyond N ="}.get(text[0], "N =") + " " + text.lstrip("≤> ")
+            for text in texts
+        ]
+        at = each.assign(text=texts).groupby("text", sort=False)["head_dim"].agg(lambda ds: " and ".join(map(str, ds)))
+        froms.append(f"{phase} from {' or '.join(f'{text} (D = {d})' for text, d in at.items())}")
+    least, most, n = found["most"].min(), found["most"].max(), found["longest"].max()
+    names = ", ".join(f"`{name}`" for name in found["second"].unique())
+    return f"In {dtype}, without a mask, {names} takes less time {', '.join(froms)} on; at N = {n} `naive` takes {least:.1f} to {most:.1f} times as long"
+
+
 def crossovers(cells: pd.DataFrame):
     """A table of the lengths from which the second wins, with intervals, from each run; and ratios at both ends."""
     found = []
     for names, runs in cells.groupby(DUEL_KEYS, sort=False):
         one, *others = runs.sort_values("run").to_dict("records")
-        row = dict(zip(DUEL_KEYS, names, strict=True)) | {"variant": one["second"]}
-        row |= {"wins from N": f"{length(one['seq_len'], one)} [{length(one['low'], one)}, {length(one['high'], one)}]"}
+        row = dict(zip(("dtype", "D", "phase"), names, strict=True)) | {"variant": one["second"]}
+        at, *ends = (length(one[end], one) for end in ("seq_len", "low", "high"))
+        row |= {"wins from N": at if set(ends) == {at} else f"{at} [{ends[0]}, {ends[1]}]"}
         if others:
             row["second run"] = length(others[0]["seq_len"], others[0])
         row |= {f"ratio at {one[n]}": f"{one[ratio]:.2f}×" for n, ratio in (("shortest", "least"), ("longest", "most"))}
@@ -175,3 +195,16 @@ def memory_crossover(first: Variant, second: Variant, shape: Shape, phase: str, 
 
     longest = 4096  # from there on the matrices decide
     return next((n + 1 for n in range(longest, 0, -1) if need(second, n) >= need(first, n)), 1)
+
+
+def memory_crossovers(rivals: Mapping[str, str], head_dims: Iterable[int], machine: Machine):
+    """A table of `memory_crossover` of `naive` and each type's rival, `{dtype: variant}`, and of bytes at N = 16384."""
+    found = []
+    for (dtype, name), d in product(rivals.items(), head_dims):
+        both, shape = (VARIANTS["naive"], VARIANTS[name]), Shape(1, 8, 1, d, dtype)
+        row = {"dtype": dtype, "head_dim": d, "flash": name}
+        for title, phase in (("forward", "forward"), ("training", "backward")):
+            row[f"{title}, from N"] = memory_crossover(*both, shape, phase, machine)
+        less, more = (size(bytes_needed(one, at_length(shape, 16384), machine)) for one in reversed(both))
+        found.append(row | {"training at N = 16384": f"{less} instead of {more}"})
+    return table(pd.DataFrame(found))

@@ -15,6 +15,7 @@ from attnlib import variant
 from attnlib.core import PHASES, Shape
 from attnlib.laws import useful_flops
 from attnlib.timing.sweep import Job
+from report.tables import MIB, digits, table
 
 METRICS = ["dram__bytes_read.sum", "dram__bytes_write.sum"]
 TRAFFIC = ["seq_len", "head_dim", "dram_bytes", "useful_flops", "kernels"]  # the numbers of a row
@@ -68,6 +69,17 @@ def summed(text: str, names: list[str], shape: Shape) -> list[dict]:
         | {"useful_flops": useful_flops(shape, phase), "kernels": len(bytes_of_one)}
         for (name, phase), (_, bytes_of_one) in zip(keys, places, strict=True)
     ]
+
+
+def moved(rows: pd.DataFrame, shape: Shape):
+    """A table of rows of `counted`, with the bytes as a multiple of those of inputs and results."""
+    least = rows["phase"].map({"forward": 4, "backward": 8}) * (shape.input_bytes // 3)
+    figures = {"kernels": rows["kernels"].astype(int), "moved MiB": rows["dram_bytes"] / MIB}
+    figures |= {"of the least": rows["dram_bytes"] / least}
+    frame = rows[["variant", "phase"]].assign(
+        **{"operations per byte": (rows["useful_flops"] / rows["dram_bytes"]).map(digits), **figures}
+    )
+    return table(frame, {"moved MiB": "{:,.0f}", "of the least": "{:.1f}×"})
 
 
 def traffic_jobs(names: list[str], shape: Shape, device: str) -> list[Job]:

@@ -130,15 +130,13 @@ def roofline(points, *, copy_gb_s, product_tflop_s, device):
     figure, ax = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
     xs = [min(points["intensity"]) / 2, 1e3 * product_tflop_s / copy_gb_s, max(points["intensity"]) * 2]
     ax.plot(xs, [min(x * copy_gb_s / 1e3, product_tflop_s) for x in xs], color="black", lw=1)
-    slope, beside = (xs[0] * xs[1]) ** 0.5, {"textcoords": "offset points"}
-    ax.annotate(f"copy {copy_gb_s:,.0f} GB/s", (slope, slope * copy_gb_s / 1e3), (-8, 4), ha="right", **beside)
-    ax.annotate(f"matrix product {product_tflop_s:,.3g} TFLOP/s", (xs[1], product_tflop_s), (4, 4), **beside)
     for row in points.itertuples():
         marker, label = ("o", row.variant) if row.phase == "forward" else ("s", None)
         filled = colour(row.variant) if row.phase == "forward" else "none"
         ax.plot(row.intensity, row.tflop_s, marker, ms=6, mfc=filled, mec=colour(row.variant), label=label)
     ax.set(xscale="log", yscale="log", xlabel="useful operations per byte of memory traffic", ylabel="useful TFLOP/s")
-    ax.set(title=device, ylim=(min(points["tflop_s"]) / 2, 2 * product_tflop_s))
+    roof = f"slope: a copy, {copy_gb_s:,.0f} GB/s · top: a matrix product, {product_tflop_s:,.3g} TFLOP/s"
+    ax.set(title=f"{device} · {roof}", ylim=(min(points["tflop_s"]) / 2, 2 * product_tflop_s))
     return legend(figure, ax)
 
 

@@ -34,9 +34,13 @@ def scores_of(q: Tensor, k: Tensor, first_query: int, first_key: int, causal: bo
     return scores
 
 
-def take_in(q: Tensor, k: Tensor, v: Tensor, m: Tensor, ell: Tensor, O: Tensor, where: Where) -> None:
-    """Bring one tile into what is known of its queries: m, their largest score so far, ell (ℓ), the sum of
-    exp(score − m), O, the sum of those times v. When a larger score comes, what was summed fades by exp(old − new)."""
+def take_in(
+    q: Tensor, k: Tensor, v: Tensor,
+    m: Tensor, ell: Tensor, O: Tensor, where: Where,
+) -> None:  # fmt: skip
+    """Bring one tile into what is known of its queries: m, their largest
+    score so far, ell (ℓ), the sum of exp(score − m), O, the sum of those times
+    v. When a larger score comes, what was summed fades by exp(old − new)."""
     scores = scores_of(q, k, *where)
     new = torch.maximum(m, scores.amax(dim=-1, keepdim=True))
     exp, fade = scores.sub_(new).exp_(), m.sub_(new).exp_()
@@ -60,7 +64,8 @@ def add_gradients(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
     do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, where: Where,
 ) -> None:  # fmt: skip
-    """Add one tile's share: P = exp(S − lse), dV += PᵀdO, dS = P ∘ (dO Vᵀ − delta)/√D, dQ += dS K, dK += dSᵀQ."""
+    """Add one tile's share: P = exp(S − lse), dV += PᵀdO,
+    dS = P ∘ (dO Vᵀ − delta)/√D, dQ += dS K, dK += dSᵀQ."""
     weights, scale = scores_of(q, k, *where).sub_(lse).exp_(), q.shape[-1] ** -0.5
     dv.baddbmm_(weights.mT, do)
     ds = torch.bmm(do, v.mT).sub_(delta).mul_(weights)
