@@ -36,14 +36,14 @@ BY_HAND = {
     "div 2": "E/ℓ",
 }
 BY_HAND |= {"div 3": "E/ℓ²", "neg 1": "−dP", "mul 2": "−dP∘E/ℓ²", "div 4": "dP/ℓ", "add 1": "dE", "mul 3": "E∘dE"}
-BY_HAND |= {"neg 2": "−E∘dE", "new_zeros 1": "zeros", "scatter 1": "at m", "add 2": "dS", "mul 4": "dQKᵀ"}
+BY_HAND |= {"neg 2": "−E∘dE", "new_zeros 1": "zeros", "scatter 1": "dm", "add 2": "dS", "mul 4": "dQKᵀ"}
 NAMES = {
     "naive_custom": BY_HAND,
     "naive": SOFTMAX | {"bmm 4": "dP", "mul 2": "dQKᵀ"},
     "naive_weights_only": SOFTMAX | {"bmm 4": "dP, dS", "mul 2": "dP∘P", "sum 1": "the row sums of dP∘P"},
     "naive_recompute": SOFTMAX | {"bmm 3": "QKᵀ", "mul 2": "S", "_softmax 2": "P", "bmm 5": "dP", "mul 3": "dQKᵀ"},
 }
-FAMILIES = {"#a6cee3": ("QKᵀ", "S", "S−m", "zeros", "at m"), "#80cdc1": ("E",), "#b2df8a": ("P",)}
+FAMILIES = {"#a6cee3": ("QKᵀ", "S", "S−m", "zeros", "dm"), "#80cdc1": ("E",), "#b2df8a": ("P",)}
 FAMILIES |= {"#fdbf6f": ("dP", "dP, dS", "−dP"), "#ffe680": ("dE", "E∘dE", "−E∘dE", "dS", "dQKᵀ")}
 HUES = {name: hue for hue, names in FAMILIES.items() for name in names}
 EMPTY = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the ground of a text that crosses a line
@@ -168,10 +168,11 @@ def frontiers(programs: Mapping[str, Variant], gpus: Mapping[str, str], tried: p
                 ratio = 100 * found["found_seq_len"] / found["predicted_seq_len"]
                 panel.plot(ratio, [y] * len(ratio), marker, color=plots.colour(one), ms=4, mew=1.5)
                 if y == 0 and len(ratio):
-                    where = (-5, 0) if pool == "default" else (0, 8)
+                    where = (-5, 0) if pool == "default" else (0, -9)
                     panel.annotate(f"{pool} pool", (min(ratio), y), where, ha="right", va="center", **beside)
         panel.axvline(100, color="black", lw=0.8, ls=":")
-        panel.set(xlabel="N found, % of N predicted", yticks=[], title=device, xlim=(80, 102))
+        panel.set(xlabel="N found, % of N predicted", yticks=[], title=device)
+        panel.set_xlim(100 * (tried["found_seq_len"] / tried["predicted_seq_len"]).min() - 8, 102)
         panel.set_ylim(tried["variant"].nunique() - 0.5, -0.7)
     return figure
 
