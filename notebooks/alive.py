@@ -32,7 +32,7 @@ HUES |= dict.fromkeys(("dE", "E∘dE", "−E∘dE", "dS", "dQKᵀ"), "#ffe680")
 STEP, LINEAR_HUE, RED = "#cab2d6", "#bbbbbb", "#c4161c"  # what is only on the way to something; linear in N; too many
 
 
-def operations(program: Variant, shape: Shape, machine: Machine) -> list[dict]:
+def book_of(program: Variant, shape: Shape, machine: Machine) -> list[dict]:
     """The ledger's operations of both passes, without what is between them."""
     return [row for row in ledger(program, shape, machine) if row["phase"] in PHASES and row["op"] != "return"]
 
@@ -60,7 +60,7 @@ def timeline(ax, program: Variant, memory_bytes: int, machine: Machine, step: fl
     """Draw what is alive after each operation at the first N that does not fit; step: points that an operation has.
     Batch 8, one head, D 64, float32. The inputs are at the bottom; what comes after memory ran out is pale."""
     shape = Shape(8, 1, 1 + fit.largest_seq_len(program, Shape(8, 1, 1, 64), memory_bytes, "backward", machine), 64)
-    book, matrix = operations(program, shape, machine), 4 * 8 * shape.seq_len**2
+    book, matrix = book_of(program, shape, machine), 4 * 8 * shape.seq_len**2
     large = list(dict.fromkeys(one for row in book for one, size in row["alive"].items() if size > 0.4 * matrix))
     end = next(x for x, row in enumerate(book) if row["alive_bytes"] + shape.input_bytes > memory_bytes)
     straw = [one for one in large if one in book[end]["alive"] and one not in book[end - 1]["alive"]][-1:]
@@ -96,7 +96,7 @@ def timeline(ax, program: Variant, memory_bytes: int, machine: Machine, step: fl
 
 def timelines(programs: Mapping[str, Variant], memory_bytes: int, machine: Machine):
     """A panel for each program, the one with the most operations across the page."""
-    longest = max(programs.values(), key=lambda one: len(operations(one, Shape(1, 1, 64, 8), machine)))
+    longest = max(programs.values(), key=lambda one: len(book_of(one, Shape(1, 1, 64, 8), machine)))
     others = [one for one in programs.values() if one is not longest]
     deep = 1 + -(-len(others) // 3)
     figure = plt.figure(figsize=(plots.WIDTH, 1.8 * deep), layout="constrained")

@@ -14,7 +14,7 @@ PLAIN = family("plain")
 def test_every_matrix_of_a_ledger_has_a_name_in_the_text(name, kind):
     shape = Shape(2, 1, 512, 8)
     matrix = shape.batch * shape.seq_len**2 * shape.element_size
-    for row in alive.operations(PLAIN[name], shape, Machine(kind)):
+    for row in alive.book_of(PLAIN[name], shape, Machine(kind)):
         large = [tensor for tensor, nbytes in row["alive"].items() if nbytes >= matrix]
         assert not [tensor for tensor in large if alive.named(PLAIN[name], tensor) == tensor], row["op"]
 
@@ -26,7 +26,7 @@ def test_what_was_held_when_a_run_failed_names_the_tensor_that_found_no_room(nam
     """Whatever was held just before the largest moment, to the byte; and a few bytes more."""
     shape, machine = Shape(8, 1, 777, 64), Machine("cuda")
     matrix = shape.batch * shape.seq_len**2 * shape.element_size
-    most = max(row["alive_bytes"] for row in alive.operations(VARIANTS[name], shape, machine))
+    most = max(row["alive_bytes"] for row in alive.book_of(VARIANTS[name], shape, machine))
     rest = 4 * shape.batch * shape.seq_len if name == "naive_weights_only" else 0  # the row sums, which follow
     held = most - matrix - rest
     assert alive.asked_last(VARIANTS[name], shape, machine, held) == (last, 0)
