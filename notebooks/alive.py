@@ -37,7 +37,7 @@ def book_of(program: Variant, shape: Shape, machine: Machine) -> list[dict]:
     return [row for row in ledger(program, shape, machine) if row["phase"] in PHASES and row["op"] != "return"]
 
 
-def named(program: Variant, tensor: str) -> str:
+def tensor_named(program: Variant, tensor: str) -> str:
     """A tensor of a ledger by its name in the text, if it has one."""
     return NAMES.get(program.name, {}).get(tensor, tensor)
 
@@ -53,7 +53,7 @@ def asked_last(program: Variant, shape: Shape, machine: Machine, held_bytes: int
             states.append((abs(alive - held_bytes), tensor))
         known |= {*row["alive"]}
     miss, tensor = min(states, key=lambda state: state[0])
-    return named(program, tensor), miss
+    return tensor_named(program, tensor), miss
 
 
 def timeline(ax, program: Variant, memory_bytes: int, machine: Machine, step: float):
@@ -73,7 +73,7 @@ def timeline(ax, program: Variant, memory_bytes: int, machine: Machine, step: fl
             places[one].append((x, level, size))
             level += size
     for one, found in places.items():
-        name, (xs, bottoms, heights) = named(program, one), zip(*found, strict=True)
+        name, (xs, bottoms, heights) = tensor_named(program, one), zip(*found, strict=True)
         tints = [to_rgba(HUES.get(name, STEP), 0.35 if x > end else 1) for x in xs]
         ax.bar(xs, heights, 1.0, bottom=bottoms, color=tints, lw=0)
         if [one] == straw:

@@ -16,7 +16,7 @@ def test_every_matrix_of_a_ledger_has_a_name_in_the_text(name, kind):
     matrix = shape.batch * shape.seq_len**2 * shape.element_size
     for row in alive.book_of(PLAIN[name], shape, Machine(kind)):
         large = [tensor for tensor, nbytes in row["alive"].items() if nbytes >= matrix]
-        assert not [tensor for tensor in large if alive.named(PLAIN[name], tensor) == tensor], row["op"]
+        assert not [tensor for tensor in large if alive.tensor_named(PLAIN[name], tensor) == tensor], row["op"]
 
 
 @pytest.mark.parametrize(
