@@ -13,6 +13,8 @@ from nbconvert.exporters import MarkdownExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, Preprocessor, TagRemovePreprocessor
 
 from attnlib.core import Machine, UserError
+from report.calculator import laws_in_javascript
+from report.dark import with_dark_version
 from report.skipping import plain
 
 HERE = Path(__file__).parent
@@ -97,6 +99,10 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     (work / "report.md").write_text(markdown(sorted((out / "notebooks").glob("[0-9]*.ipynb")), work), "utf-8")
+    (work / "laws.js").write_text(laws_in_javascript(machine), "utf-8")
+    (work / "html").mkdir()
+    for figure in work.glob("*.svg"):
+        (work / "html" / figure.name).write_text(with_dark_version(figure.read_text("utf-8")), "utf-8")
     about = {"title": "The cost of attention", "subtitle": "Measured, predicted, and explained", "lang": "en"}
     about |= {"device": machine.name, "date": machine.date, "declared": declared}
     about |= {"versions": f"PyTorch {machine.torch}, Python {machine.python}"}
@@ -105,7 +111,7 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
     for to in ("html", "typst"):
         command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]
         command += [f"--template={HERE / f'template.{to}'}", f"--lua-filter={HERE / 'filter.lua'}"]
-        command += ["--metadata-file=about.json", f"--resource-path=.:{HERE}", "--standalone", "--fail-if-warnings"]
+        command += ["--metadata-file=about.json", f"--resource-path={to}:.:{HERE}", "--standalone", "--fail-if-warnings"]
         command += ["--toc", "--toc-depth=2", "--number-sections"]
         if to == "html":
             command += ["--mathml", "--embed-resources", f"--css={HERE / 'style.css'}"]

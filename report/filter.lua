@@ -33,11 +33,17 @@ local function table_of(div)
   for _, body in ipairs(tbl.bodies) do table.insert(sections, body.body) end
   for _, rows in ipairs(sections) do
     for _, row in ipairs(rows) do
-      for _, cell in ipairs(row.cells) do cell.attr, cell.alignment = pandoc.Attr(), pandoc.AlignDefault end
+      for _, cell in ipairs(row.cells) do
+        local long = html and #pandoc.utils.stringify(cell.contents) > 24 -- a cell of words, which may have lines
+        cell.attr, cell.alignment = pandoc.Attr("", long and {"long"} or {}), pandoc.AlignDefault
+      end
     end
   end
   for i = 1, #tbl.colspecs do tbl.colspecs[i] = {i == 1 and pandoc.AlignLeft or pandoc.AlignRight, nil} end
-  return html and pandoc.Div({tbl}, pandoc.Attr("", {"wide"})) or tbl
+  if not html then return tbl end
+  local caption = tbl.caption -- outside of the box in which a wide table scrolls
+  tbl.caption, tbl.attr = {long = {}}, pandoc.Attr()
+  return pandoc.Figure({pandoc.Div({tbl}, pandoc.Attr("", {"wide"}))}, caption, pandoc.Attr(div.identifier, {"table"}))
 end
 
 local before = {
@@ -50,6 +56,10 @@ local first_pass = {
   traverse = "topdown",
   Div = function(div)
     if div.classes:includes("table") then return table_of(div), false end
+    if div.classes:includes("calculator") and html then -- what stands in it is for print, and for readers without script
+      local scripts = '<script src="laws.js"></script><script src="calculator.js"></script>'
+      return {div, pandoc.RawBlock("html", scripts)}, false
+    end
     if div.classes:includes("folded") then
       if not html then return {}, false end
       return {pandoc.RawBlock("html", "<details><summary>code</summary>"), div.content[1],
@@ -60,6 +70,7 @@ local first_pass = {
     local image
     figure:walk({Image = function(i) image = i end})
     figure.caption = number(figure.identifier, figure.caption)
+    if html then figure.content = {pandoc.Div(figure.content, pandoc.Attr("", {"wide"}))} end
     return figure, false
   end,
   RawBlock = function(raw) error("raw " .. raw.format .. " would be lost: " .. raw.text:sub(1, 60)) end,
@@ -77,6 +88,9 @@ local second_pass = {
 }
 
 local third_pass = { -- what template.typst calls by the same names, and style.css in HTML
+  Math = function(math) -- a wide formula scrolls in a box of its own
+    if html and math.mathtype == "DisplayMath" then return pandoc.Span({math}, pandoc.Attr("", {"wide", "formula"})) end
+  end,
   Div = function(div)
     for _, look in ipairs({"broken", "notice"}) do
       if not html and div.classes:includes(look) then
