@@ -38,13 +38,13 @@ def on_dark(colour: str) -> str:
 
 def with_dark_version(svg: str) -> str:
     """A figure of matplotlib's with both: paper, text, axes and grid in the colours of the page around it."""
-    rules = ["[id^=text_] { fill: %s }" % on_dark("#000000")]  # black is written nowhere: it is what SVG takes
+    rules = [f"[id^=text_] {{ fill: {on_dark('#000000')} }}"]  # black, which no style names
     for what, colour in sorted(set(re.findall(r"\b(fill|stroke): (#[0-9a-f]{6})", svg))):
         if (found := on_dark(colour)) != colour:
             # white text stands on data; a mesh is data, whatever its colours
             where = ":not(g)" if colour == "#ffffff" else ""
             rules.append(f'{where}:not([id^=QuadMesh] *)[style*="{what}: {colour}"] {{ {what}: {found} !important }}')
-    # of an image, white is nothing and the darkest is most: the other way around on dark paper, in the same hue
+    # in an image white is nothing and the darkest is most: the other way around on dark paper, in the same hue
     rules.append("image { filter: invert(0.91) hue-rotate(180deg) }")
-    style = "@media (prefers-color-scheme: dark) { %s }" % " ".join(rules)
+    style = f"@media (prefers-color-scheme: dark) {{ {' '.join(rules)} }}"
     return svg.replace("</style>", f"{style}</style>", 1)

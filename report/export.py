@@ -111,8 +111,13 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
     for to in ("html", "typst"):
         command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]
         command += [f"--template={HERE / f'template.{to}'}", f"--lua-filter={HERE / 'filter.lua'}"]
-        command += ["--metadata-file=about.json", f"--resource-path={to}:.:{HERE}", "--standalone", "--fail-if-warnings"]
-        command += ["--toc", "--toc-depth=2", "--number-sections"]
+        command += ["--metadata-file=about.json", "--standalone", "--fail-if-warnings"]
+        command += [
+            "--toc",
+            "--toc-depth=2",
+            "--number-sections",
+            f"--resource-path={'html:' * (to == 'html')}.:{HERE}",
+        ]
         if to == "html":
             command += ["--mathml", "--embed-resources", f"--css={HERE / 'style.css'}"]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True)

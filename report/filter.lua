@@ -21,6 +21,26 @@ local function number(id, caption)
   return caption
 end
 
+local function each_cell(tbl, what)
+  local sections = {tbl.head.rows}
+  for _, body in ipairs(tbl.bodies) do table.insert(sections, body.body) end
+  for _, rows in ipairs(sections) do
+    for _, row in ipairs(rows) do
+      for _, cell in ipairs(row.cells) do what(cell) end
+    end
+  end
+end
+
+local function boxed(tbl) -- in HTML a wide table scrolls in a box, outside of which its caption stands
+  if not html then return tbl end
+  each_cell(tbl, function(cell) -- of words, which may have several lines
+    if utf8.len(pandoc.utils.stringify(cell.contents)) > 24 then cell.classes:insert("long") end
+  end)
+  local caption, attr = tbl.caption, pandoc.Attr(tbl.identifier, {"table"})
+  tbl.caption, tbl.attr = {long = {}}, pandoc.Attr()
+  return pandoc.Figure({pandoc.Div({tbl}, pandoc.Attr("", {"wide"}))}, caption, attr)
+end
+
 local function table_of(div)
   local caption, raw = div.content[1], div.content[2]
   local doc = pandoc.read(raw.text:gsub("<style.-</style>", ""), "html+tex_math_dollars")
@@ -29,21 +49,9 @@ local function table_of(div)
   if not tbl then error("no table in " .. div.identifier) end
   tbl.attr = pandoc.Attr(div.identifier)
   tbl.caption = number(div.identifier, {long = pandoc.Blocks({pandoc.Plain(caption.content)})})
-  local sections = {tbl.head.rows}
-  for _, body in ipairs(tbl.bodies) do table.insert(sections, body.body) end
-  for _, rows in ipairs(sections) do
-    for _, row in ipairs(rows) do
-      for _, cell in ipairs(row.cells) do
-        local long = html and #pandoc.utils.stringify(cell.contents) > 24 -- a cell of words, which may have lines
-        cell.attr, cell.alignment = pandoc.Attr("", long and {"long"} or {}), pandoc.AlignDefault
-      end
-    end
-  end
+  each_cell(tbl, function(cell) cell.attr, cell.alignment = pandoc.Attr(), pandoc.AlignDefault end)
   for i = 1, #tbl.colspecs do tbl.colspecs[i] = {i == 1 and pandoc.AlignLeft or pandoc.AlignRight, nil} end
-  if not html then return tbl end
-  local caption = tbl.caption -- outside of the box in which a wide table scrolls
-  tbl.caption, tbl.attr = {long = {}}, pandoc.Attr()
-  return pandoc.Figure({pandoc.Div({tbl}, pandoc.Attr("", {"wide"}))}, caption, pandoc.Attr(div.identifier, {"table"}))
+  return boxed(tbl)
 end
 
 local before = {
@@ -66,6 +74,7 @@ local first_pass = {
               pandoc.RawBlock("html", "</details>")}, false
     end
   end,
+  Table = function(tbl) return boxed(tbl), false end,
   Figure = function(figure)
     local image
     figure:walk({Image = function(i) image = i end})
