@@ -78,10 +78,12 @@ function calculator(place) {
     <th scope="col">backward peak</th><th scope="col">in all, training</th><th scope="col">largest N, training</th>
     <th scope="col">largest N, inference</th><th scope="col">forward at best</th><th scope="col">backward at best</th></tr></thead>
     <tbody></tbody></table></div>
+    <p class="moment">In all: the inputs q, k, v and the higher peak. At best: the products at the fastest rate, or the bytes
+    at the fastest copy, that ${ATTENTION.name} has shown, whichever takes longer.</p>
     <p class="refused"></p>
     <label class="of">What fills the memory of <select name="variant">${options(Object.keys(ATTENTION.variants), "naive")}</select></label>
     <ul class="terms"></ul>
-    <p class="moment"></p>`;
+    <p class="moment summed"></p>`;
   const find = (selector) => form.querySelector(selector);
 
   function show() {
@@ -117,7 +119,7 @@ function calculator(place) {
     const terms = Object.entries({"q, k, v": inputs, ...top.terms}).filter(([, held]) => held);
     find(".terms").innerHTML = refusal(name) ? "" : terms.map(([term, held]) =>
       `<li><span>${term}</span><span>${bytes(held)}</span><i style="width: ${100 * held / training}%"></i></li>`).join("");
-    find(".moment").textContent = refusal(name) ? `${name} cannot be asked: ${refusal(name)}.` :
+    find(".summed").textContent = refusal(name) ? `${name} cannot be asked: ${refusal(name)}.` :
       `${bytes(training)} in all, at the moment of “${top.at}”.`;
   }
   form.addEventListener("input", show);
