@@ -23,6 +23,7 @@ from attnlib.core import Machine, UserError
 from attnlib.timing.machine import describe, resolve
 from attnlib.timing.worker import Worker, WorkerDied
 from report import stored
+from report.calculator import laws_in_javascript
 from report.chapters import Once, execute, own_kernel
 from report.export import cell_of, export, heading, labels
 from report.run import CLAIMS, PROFILES, profile
@@ -116,7 +117,7 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
         print(f"measured, not exported: this Python lacks {', '.join(lacking)}; elsewhere: make replay DEVICE={folder}")
         return wrong, missing
     try:
-        export(out, machine, notices, labels(NOTEBOOKS))
+        export(out, machine, notices, labels(NOTEBOOKS), laws_in_javascript(machine))
         for name in ("report.html", "report.pdf"):
             print((out / name).relative_to(ROOT))
     except UserError as error:

@@ -13,7 +13,6 @@ from nbconvert.exporters import MarkdownExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, Preprocessor, TagRemovePreprocessor
 
 from attnlib.core import Machine, UserError
-from report.calculator import laws_in_javascript
 from report.dark import with_dark_version
 from report.skipping import plain
 
@@ -87,11 +86,12 @@ def markdown(notebooks: list[Path], folder: Path) -> str:
     return "\n\n".join([*texts, *(["# Appendix: tables and proofs"] if proofs else []), *proofs])
 
 
-def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared: list[str]):
+def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared: list[str], laws: str = ""):
     """build/<device>/report.html and report.pdf from the executed notebooks; both appear, or neither does.
 
     notices: of the first page, `(look, Markdown)` with look "broken" or "notice"; declared: labels that a text may
-    refer to where nothing has them. Raises UserError if raw HTML, a formula or an unknown reference would be lost."""
+    refer to where nothing has them; laws: the script that a calculator asks, from report/calculator.py. Raises
+    UserError if raw HTML, a formula or an unknown reference would be lost."""
     import pypandoc
     import typst
 
@@ -99,7 +99,7 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     (work / "report.md").write_text(markdown(sorted((out / "notebooks").glob("[0-9]*.ipynb")), work), "utf-8")
-    (work / "laws.js").write_text(laws_in_javascript(machine), "utf-8")
+    (work / "laws.js").write_text(laws, "utf-8")
     (work / "html").mkdir()
     for figure in work.glob("*.svg"):
         (work / "html" / figure.name).write_text(with_dark_version(figure.read_text("utf-8")), "utf-8")

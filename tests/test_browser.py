@@ -159,7 +159,8 @@ def small(tmp_path_factory) -> Path:
     ]
     (out / "notebooks").mkdir()
     nbformat.write(nbformat.v4.new_notebook(cells=cells), out / "notebooks" / "01_small.ipynb")
-    export(out, stored.machine_of("nvidia-h200"), [("notice", "A word.")], [])
+    machine = stored.machine_of("nvidia-h200")
+    export(out, machine, [("notice", "A word.")], [], laws_in_javascript(machine))
     return out / "report.html"
 
 
