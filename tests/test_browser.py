@@ -346,7 +346,7 @@ def test_the_calculator_answers_on_the_page_and_can_be_used_by_keyboard(browser,
     change = "document.querySelector('[name={0}]').value = '{1}'; document.forms[0].dispatchEvent(new Event('input'))"
     browser.ask(change.format("dtype", "bfloat16"))
     assert browser.ask(f"{row}.cells[1].textContent") == f"{expected / 2:.4g} GiB"
-    assert "fa4" in browser.ask("document.querySelector('.calculator tbody').textContent")
+    assert "sdpa_cudnn" in browser.ask("document.querySelector('.calculator tbody').textContent")
     browser.ask(change.format("variant", "sdpa_flash"))
     assert "dq in float32" in browser.ask("document.querySelector('.terms').textContent")
     browser.ask(change.format("seqLen", "-1"))
