@@ -1,0 +1,8 @@
+"""Attention over a sequence that several processes share, one rank's rows each, exact in output and gradients."""
+
+from attnlib.parallel.layout import shard_of as shard_of
+from attnlib.parallel.layout import shards as shards
+from attnlib.parallel.layout import whole_of as whole_of
+from attnlib.parallel.link import Link as Link
+from attnlib.parallel.link import connect as connect
+from attnlib.parallel.ring import ring_attention as ring_attention
