@@ -1,9 +1,9 @@
-"""Dilated attention over a sequence that several processes share: branches whose segments lie within a rank's rows need
-nobody else; of wider segments the ranks that share one form a ring, in which only the kept rows go round."""
+"""Dilated attention over a sequence that several ranks share: segments within a rank's rows need nobody else; of wider
+ones, or where one is cut, the ranks that share it form a ring, in which only the kept rows are exchanged."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,103 +17,96 @@ from attnlib.dilated.merging import add, merge
 from attnlib.dilated.views import Branches, offset
 from attnlib.parallel.layout import Layout, Place
 from attnlib.parallel.link import Link
-from attnlib.parallel.ring import Ring, kernel_for, rank_inputs
+from attnlib.parallel.ring import rank_inputs, ring_backward, ring_forward
+
+UNSEEN = -1e30  # a log-sum-exp below any other, but finite: the difference of two infinite ones would be none
 
 
 class Shared(NamedTuple):
-    """A ring of those that share a segment, for heads of which each member keeps as many rows."""
+    """A segment that several ranks share, for heads of which each keeps as many rows."""
 
     place: Place
-    heads: tuple[int, ...]
-    first: tuple[int, ...]  # of each head, the first row that this rank keeps, counted from its own first
-    rate: int
+    heads: list[int]
+    kept: list[range]  # of each head, which of this rank's rows
 
-    def of(self, x: Tensor) -> tuple[slice, Tensor, Tensor]:
-        """Where the kept rows are in x `[B, H, n, …]`."""
-        kept = torch.arange(self.place.rows[self.place.at][0], device=x.device) * self.rate
-        rows = torch.tensor(self.first, device=x.device)[:, None] + kept
-        return slice(None), torch.tensor(self.heads, device=x.device)[:, None], rows
+    def where(self, x: Tensor) -> tuple[Any, ...]:
+        """The kept rows, as an index into x `[B, H, n, …]`."""
+        index = [torch.tensor(at, device=x.device) for at in (self.heads, [[*rows] for rows in self.kept])]
+        return slice(None), index[0][:, None], index[1]
 
 
-def kept_of(run: range, start: int, stop: int, own: int, rate: int) -> range:
-    """Of a segment from `start` to `stop` of which every rate-th row is kept, from `own` on, those that lie in `run`."""
-    first = start + own
-    first += -(-max(0, run.start - first) // rate) * rate
-    return range(first, max(first, min(run.stop, stop)), rate)
+def kept_in(run: range, start: int, stop: int, rate: int) -> range:
+    """Of the positions start, start + rate, … below `stop` those that lie in a run, counted from its first."""
+    first = start + -(-max(0, run.start - start) // rate) * rate - run.start
+    return range(first, max(first, min(run.stop, stop) - run.start), rate)
 
 
 @lru_cache(64)
 def plan(
     runs: tuple[range, ...], rank: int, heads: int, branches: Branches, head_offsets: str, causal: bool
-) -> tuple[dict[tuple[int, int], list[tuple[int, int]]], list[Shared]]:
-    """What a rank does: the rows from … to … of its own that hold whole segments, `{rows: branches}`, and the rings
-    that it is in, in an order that is the same for all."""
+) -> tuple[dict[tuple[int, int], Branches], list[Shared]]:
+    """The stretches of a rank's rows that hold whole segments, with the branches of which they are, and the segments
+    that it shares, in an order that is the same for all."""
     mine, seq_len, name = runs[rank], runs[-1].stop, 0
-    alone: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    rings = []
+    alone: dict[tuple[int, int], Branches] = {}
+    shared = []
     for width, rate in branches:
-        start, stop = -(-mine.start // width) * width, seq_len if mine.stop == seq_len else mine.stop // width * width
+        start, stop = -(-mine.start // width) * width, mine.stop if mine.stop == seq_len else mine.stop // width * width
         if start < stop:
-            alone.setdefault((start - mine.start, stop - mine.start), []).append((width, rate))
-        for cut in sorted({run.start // width * width for run in runs if run.start % width}):
-            alike: dict[tuple[int, ...], list[int]] = {}
-            kept = [
-                [kept_of(run, cut, min(cut + width, seq_len), offset(head, heads, rate, head_offsets), rate) for run in runs]
-                for head in range(heads)
-            ]
+            stretch = start - mine.start, stop - mine.start
+            alone[stretch] = (*alone.get(stretch, ()), (width, rate))
+        for start in sorted({run.start // width * width for run in runs if run.start % width}):
+            kept = {}
             for head in range(heads):
-                alike.setdefault(tuple(map(len, kept[head])), []).append(head)
-            for counts, members in alike.items():
+                own, stop = start + offset(head, heads, rate, head_offsets), min(start + width, seq_len)
+                kept[head] = [kept_in(run, own, stop, rate) for run in runs]
+            for counts in sorted({tuple(map(len, rows)) for rows in kept.values()}):
                 name += 1
-                if counts[rank]:
-                    there = tuple(one for one, count in enumerate(counts) if count)
+                there = tuple(one for one, count in enumerate(counts) if count)
+                if rank in there:
                     place = Place(there.index(rank), there, tuple((counts[one],) for one in there), causal, name)
-                    first = tuple(kept[head][rank].start - mine.start for head in members)
-                    rings.append(Shared(place, tuple(members), first, rate))
-    return alone, rings
+                    members = [head for head, rows in kept.items() if tuple(map(len, rows)) == counts]
+                    shared.append(Shared(place, members, [kept[head][rank] for head in members]))
+    return alone, shared
 
 
-def shared_forward(
-    q: Tensor, k: Tensor, v: Tensor, runs: tuple[range, ...], link: Link, kernel: Kernel,
-    branches: Branches, causal: bool, head_offsets: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def collected(
+    nothing: Callable, inputs: Sequence[Tensor], alone: Callable, ring: Callable, put: Callable,
+    runs: tuple[range, ...], link: Link, kernel: Kernel, *how: Any,
+) -> Sequence[Tensor]:  # fmt: skip
+    """What `alone` finds on stretches and `ring` on shared segments of the inputs, `put` into what begins as nothing."""
+    (stretches, shared), (_, head_offsets, causal) = plan(runs, link.rank, inputs[0].shape[1], *how), how
+    total: Sequence[Tensor] = ()
+    for (start, stop), branches in sorted(stretches.items(), key=lambda one: one[0][0] - one[0][1]):
+        rows = (x[:, :, start:stop] for x in inputs)
+        part = alone(*rows, *zip(*branches, strict=True), causal, head_offsets, kernel.name)
+        if stop - start == inputs[0].shape[2]:
+            total = part  # the longest comes first
+        else:
+            total = total or nothing()
+            put([x[:, :, start:stop] for x in total], part)
+        del part
+    total = total or nothing()
+    for one in shared:
+        at = one.where(inputs[0])
+        rows = [x[at] for x in total]
+        put(rows, ring(*(x[at] for x in inputs), one.place, link, kernel))
+        for x, found in zip(total, rows, strict=True):
+            x[at] = found
+    return total
+
+
+def shared_forward(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Sequence[Tensor]:
     """o and its log-sum-exp, of a rank."""
-    alone, others = plan(runs, link.rank, q.shape[1], branches, head_offsets, causal)
-    begun = [Ring(*(x[one.of(x)] for x in (q, k, v)), one.place, link, kernel) for one in others]
-    o, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-    for (start, stop), some in alone.items():
-        rows = (x[:, :, start:stop] for x in (q, k, v))
-        part = dilated_forward(*rows, *zip(*some, strict=True), causal, head_offsets, kernel.name)
-        if stop - start == q.shape[2]:
-            o, lse = part
-        else:
-            merge(o[:, :, start:stop], lse[:, :, start:stop], *part)
-    for one, ring in zip(others, begun, strict=True):
-        rows, rows_lse = o[one.of(o)], lse[one.of(o)]
-        merge(rows, rows_lse, *ring.forward())
-        o[one.of(o)], lse[one.of(o)] = rows, rows_lse
-    return o, lse
+    nothing = lambda: (torch.zeros_like(q), q.new_full(q.shape[:3], UNSEEN, dtype=torch.float32))  # noqa: E731
+    put = lambda total, part: merge(*total, *part)  # noqa: E731
+    return collected(nothing, (q, k, v), dilated_forward, ring_forward, put, *how)
 
 
-def shared_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, runs: tuple[range, ...], link: Link,
-    kernel: Kernel, branches: Branches, causal: bool, head_offsets: str,
-) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv, of a rank."""
-    alone, others = plan(runs, link.rank, q.shape[1], branches, head_offsets, causal)
-    begun = [Ring(*(x[one.of(x)] for x in (q, k, v)), one.place, link, kernel) for one in others]
-    grads = [torch.zeros_like(x) for x in (q, k, v)]
-    for (start, stop), some in alone.items():
-        rows = (x[:, :, start:stop] for x in (do, q, k, v, o, lse))
-        parts = dilated_backward(*rows, *zip(*some, strict=True), causal, head_offsets, kernel.name)
-        if stop - start == q.shape[2]:
-            grads = list(parts)
-        else:
-            add([x[:, :, start:stop] for x in grads], parts)
-    for one, ring in zip(others, begun, strict=True):
-        for x, part in zip(grads, ring.backward(*(x[one.of(x)] for x in (do, o, lse))), strict=True):
-            x[one.of(x)] += part
-    return grads
+def shared_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *how: Any) -> Sequence[Tensor]:
+    """dq, dk, dv, of a rank, with the merged o and log-sum-exp."""
+    nothing = lambda: [torch.zeros_like(x) for x in (q, k, v)]  # noqa: E731
+    return collected(nothing, (do, q, k, v, o, lse), dilated_backward, ring_backward, add, *how)
 
 
 SHARED = differentiable("dilated attention", shared_forward, shared_backward)
@@ -124,13 +117,10 @@ def dilated_attention(
     segment_lengths: Iterable[int], dilation_rates: Iterable[int], causal: bool = False, head_offsets: str = "modulo",
     kernel: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `ring.ring_attention`, what `dilated` computes; the layout is one of single runs, without zigzag.
-
-    Whole segments within a rank's rows are its own affair. Of a wider one, or one that is cut, its members exchange the
-    rows that they keep. Raises UserError as both do."""
-    q, k, v = rank_inputs(q, k, v, layout, link, causal)
-    branches = branches_of(segment_lengths, dilation_rates, head_offsets)
+    """What `dilated` computes, called as `ring.ring_attention`, on a layout without zigzag: of a segment that lies in a
+    rank's rows nothing is exchanged, of another the rows that its heads keep. Raises UserError as both do."""
+    *inputs, flash = rank_inputs(q, k, v, layout, link, causal, kernel)
     if any(len(runs) > 1 for runs in layout):
-        raise UserError("dilated attention wants neighbouring rows on a rank: shards without zigzag")
-    runs, flash = tuple(runs[0] for runs in layout), kernel_for(q, causal, kernel)
-    return SHARED.apply(q, k, v, runs, link, flash, branches, causal, head_offsets)[0]
+        raise UserError("dilated_attention wants neighbouring positions on a rank: shards without zigzag")
+    how = branches_of(segment_lengths, dilation_rates, head_offsets), head_offsets, causal
+    return SHARED.apply(*inputs, tuple(runs[0] for runs in layout), link, flash, *how)[0]

@@ -1,8 +1,8 @@
-"""Who holds which positions of a sequence that several processes share, and which of them see each other."""
+"""Who holds which positions of a sequence that several ranks share, and which of them see each other."""
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ Layout = tuple[tuple[range, ...], ...]  # of each rank the runs of positions tha
 
 
 def shards(seq_len: int, ranks: int, zigzag: bool = False) -> Layout:
-    """Which of `seq_len` positions each of `ranks` holds: a run of them, or with `zigzag` one from the front and its
-    mirror image from the back, so that under a causal mask all have as much to do. Runs differ by one position at most,
-    the longer ones first. Raises UserError where a run would be empty."""
+    """Which of `seq_len` positions each rank holds: a run of them, or with `zigzag` one from the front and its mirror
+    image from the back, so that under a causal mask all have as much to do. Runs differ by one position at most, the
+    longer ones first. Raises UserError where one would be empty."""
     pieces = ranks * (1 + zigzag)
     if not 1 <= pieces <= seq_len:
-        raise UserError(f"{seq_len} positions cannot be cut into {pieces} runs, for {ranks} ranks")
-    ends = itertools.accumulate((seq_len // pieces + (at < seq_len % pieces) for at in range(pieces)), initial=0)
-    runs = [range(*ends) for ends in itertools.pairwise(ends)]
+        raise UserError(f"{seq_len} positions cannot be cut into {pieces} runs for {ranks} ranks")
+    ends = accumulate((seq_len // pieces + (at < seq_len % pieces) for at in range(pieces)), initial=0)
+    runs = [range(*both) for both in pairwise(ends)]
     return tuple((runs[rank], runs[-1 - rank]) if zigzag else (runs[rank],) for rank in range(ranks))
 
 
@@ -31,49 +31,40 @@ def shard_of(whole: Tensor, layout: Layout, rank: int) -> Tensor:
 
 def whole_of(parts: Sequence[Tensor], layout: Layout) -> Tensor:
     """The whole `[…, N, D]` of what each rank holds, `[…, n, D]`, in order of rank."""
-    found = {}
-    for part, runs in zip(parts, layout, strict=True):
-        rows = part.split_with_sizes([len(run) for run in runs], -2)
-        found |= {run.start: piece for run, piece in zip(runs, rows, strict=True)}
-    return torch.cat([found[start] for start in sorted(found)], -2)
+    rows = [x for part, runs in zip(parts, layout, strict=True) for x in part.split([*map(len, runs)], -2)]
+    starts = [run.start for runs in layout for run in runs]
+    return torch.cat([rows[at] for at in sorted(range(len(rows)), key=starts.__getitem__)], -2)
 
 
-@dataclass(frozen=True)
-class Place:
-    """A rank's place in a ring of those that attend to each other's rows."""
+class Place(NamedTuple):
+    """A rank's place in a ring of those that see each other's rows."""
 
     at: int  # which of the members it is
     members: tuple[int, ...]  # ranks of the group, in order of position
-    rows: tuple[tuple[int, ...], ...]  # of each member, how many rows in each of its runs: one, or two in zigzag
+    runs: tuple[tuple[int, ...], ...]  # of each member, how many rows in each of its runs: one, or two in zigzag
     causal: bool
     name: int = 0  # tells the messages of several rings apart
 
+    @classmethod
+    def of(cls, layout: Layout, rank: int, causal: bool) -> "Place":
+        """The place of a rank in the ring of all that share a sequence."""
+        return cls(rank, tuple(range(len(layout))), tuple(tuple(map(len, runs)) for runs in layout), causal)
+
     @property
-    def steps(self) -> range:
-        """The exchanges: in step i each takes from the member i places before it and gives to the one i after."""
-        return range(1, len(self.members))
-
-    def before(self, step: int) -> int:
-        """The member from whom keys and values come in a step."""
-        return (self.at - step) % len(self.members)
-
-    def after(self, step: int) -> int:
-        """The member to whom they go."""
-        return (self.at + step) % len(self.members)
+    def half(self) -> int:
+        """Where its own rows are cut in two, for the backward pass: all of them if it is alone."""
+        first, *others = self.runs[self.at]
+        return first if others else -(-first // 2) if len(self.members) > 1 else first
 
     def seen(self, mine: int, theirs: int) -> tuple[int, int] | None:
-        """Queries from which on, and keys up to which, see each other, all of those: or None where none do."""
-        first, last = 0, sum(self.rows[theirs])
-        if self.causal and theirs < mine and len(self.rows[theirs]) > 1:
-            last = self.rows[theirs][0]
-        if self.causal and theirs > mine:
-            if len(self.rows[mine]) == 1:
-                return None
-            first = self.rows[mine][0]
-        return first, last
+        """From which row on `mine` sees the rows of `theirs`, and up to which of them; None where none does."""
+        mirrored, every = len(self.runs[mine]) > 1, (0, sum(self.runs[theirs]))
+        if not self.causal or mine == theirs:
+            return every
+        if theirs < mine:
+            return (0, self.runs[theirs][0]) if mirrored else every
+        return (self.runs[mine][0], every[1]) if mirrored else None
 
-
-def place_of(layout: Layout, rank: int, causal: bool) -> Place:
-    """The place of a rank in the ring of all that share a sequence."""
-    rows = tuple(tuple(len(run) for run in runs) for runs in layout)
-    return Place(rank, tuple(range(len(layout))), rows, causal)
+    def partners(self, step: int) -> tuple[int, int]:
+        """The members from whom this one takes keys and values in a step, and to whom it gives its own."""
+        return (self.at - step) % len(self.members), (self.at + step) % len(self.members)
