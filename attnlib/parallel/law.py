@@ -1,88 +1,93 @@
-"""What a rank sends, keeps and holds at most: formulas in the symbols of `laws`, where N is how many rows it has.
+"""What a rank sends, keeps, and holds at most: formulas in the symbols of `laws`, of which N is how many rows it has."""
 
-Memory is that of contiguous tensors, on the CPU in float32; it depends on who sees whom, so that the law goes through
-the steps of a ring."""
-
-from collections.abc import Iterator
-from functools import lru_cache, partial
+import itertools
+from collections.abc import Iterable
+from functools import partial
 
 import sympy
 
-from attnlib.core import DTYPES, Machine, Shape
-from attnlib.dilated.law import WorkspaceOf, held_by, refusal
-from attnlib.laws import LINEAR, ROWS, B, D, Formula, H, Law, Terms, e, evaluate
+from attnlib.core import Machine, Shape
+from attnlib.dilated.law import Workspace, dilated_law, held_by
+from attnlib.dilated.views import View
+from attnlib.laws import LINEAR, LINEAR32, ROWS, B, D, Formula, H, Law, N, Terms, e, g
 from attnlib.parallel.branches import Shared
 from attnlib.parallel.layout import Layout, Place
-from attnlib.parallel.ring import own_parts, stretch
-from attnlib.variants.sdpa_laws import KS
+from attnlib.variants.sdpa_laws import COPIED, KS
 
-ROW = B * D * e  # one row of one head, in all batch entries
-HELD = ("output", "log-sum-exp", "upstream gradient", "dq, dk, dv", "keys and values of others")
-HELD = (*HELD, "gradients on their way", "results of one call", "copies made for its kernel", "workspace")
+PHASED = dict[str, Terms]  # {phase: terms}
+ROW = 2 * B * D * e  # a row of K and one of V, of one head in all batch entries
 
 
-def ring_sent(place: Place, heads: int | sympy.Expr = H) -> dict[str, Terms]:
-    """Bytes that a rank sends in each phase, `{phase: terms}`."""
+def ring_sent(place: Place, heads: int | sympy.Symbol = H) -> PHASED:
+    """Bytes that a rank sends in a ring: its keys and values to whoever sees them, in either phase, and in the backward
+    pass their gradients to those whose rows it sees."""
     others = [one for one in range(len(place.members)) if one != place.at]
     rows = sum(place.runs[place.at]) * sum(place.seen(one, place.at) is not None for one in others)
     back = sum((place.seen(place.at, one) or (0, 0))[1] for one in others)
-    own = {"keys and values": 2 * ROW * heads * rows}
-    return {"forward": own, "backward": {**own, "gradients": 2 * ROW * heads * back}}
+    own = {"keys and values": ROW * heads * rows}
+    return {"forward": own, "backward": {**own, "gradients": ROW * heads * back}}
 
 
-def branches_sent(shared: list[Shared]) -> dict[str, Terms]:
-    """The same of `dilated_attention`, of the segments that a rank shares (see `branches.plan`)."""
-    each = [ring_sent(one.place, len(one.heads)) for one in shared]
-    names = {"forward": ("keys and values",), "backward": ("keys and values", "gradients")}
-    return {phase: {x: sum((one[phase][x] for one in each), sympy.S(0)) for x in own} for phase, own in names.items()}
+def branches_sent(shared: Iterable[Shared]) -> PHASED:
+    """The same of dilated attention, of the segments that a rank shares (see `branches.plan`)."""
+    found: PHASED = {"forward": {}, "backward": {}}
+    for (phase, terms), one in itertools.product(found.items(), shared):
+        for what, nbytes in ring_sent(one.place, len(one.heads))[phase].items():
+            terms[what] = terms.get(what, 0) + nbytes
+    return found
 
 
-def ulysses_sent(layout: Layout, rank: int) -> dict[str, Terms]:
-    """The same of `ulysses_attention`: q, k, v one way and o the other, and back."""
-    ranks, rows = len(layout), [sum(map(len, runs)) for runs in layout]
-    out, home = (ROW * H * sympy.Rational(x, ranks) for x in (rows[rank] * (ranks - 1), sum(rows) - rows[rank]))
-    return {
-        phase: {"rows of heads": (4 - home_times) * out, "heads of rows": home_times * home}
-        for phase, home_times in (("forward", 1), ("backward", 3))
-    }
+def ulysses_sent(layout: Layout, rank: int) -> PHASED:
+    """Bytes that a rank sends where heads are exchanged for rows: q, k, v out and o home, and back."""
+    rows, ranks = [sum(map(len, runs)) for runs in layout], len(layout)
+    out, home = (ROW * H * sympy.Rational(x, 2 * ranks) for x in (rows[rank] * (ranks - 1), sum(rows) - rows[rank]))
+    times = {"forward": (3, 1), "backward": (1, 3)}
+    return {phase: {"rows of heads": a * out, "heads of rows": b * home} for phase, (a, b) in times.items()}
 
 
-def moments(phase: str, place: Place, workspace: WorkspaceOf, shape: Shape, machine: Machine) -> Iterator[list[int]]:
-    """What is HELD at each moment that may be the fullest, in bytes, from the last on the left out."""
-    kernel, (batch, heads, n, width) = workspace(shape, machine), (shape.batch, shape.heads, shape.seq_len, shape.head_dim)
-    row, lse, ranks = batch * heads * width * shape.element_size, 4 * batch * heads, len(place.members)
-    wide = max(4, shape.element_size) if ranks > 2 else shape.element_size
-    sums = n * row // shape.element_size * wide  # one tensor to be added to
-    seen = {step: place.seen(place.at, place.partners(step)[0]) for step in range(ranks)}
+def own_rows(kernel: Workspace, phase: str, parts: int, shape: Shape, machine: Machine) -> int:
+    """What a rank holds when it attends to its own rows, in one or two parts, K and V of others aside."""
+    return dilated_law(((shape.seq_len // parts, 1),), "modulo", lambda *_: kernel).bytes(f"{phase}_peak", shape, machine)
 
-    def coming(step: int) -> int:
-        return 2 * row * sum(place.runs[place.partners(step)[0]]) if seen.get(step) else 0
 
-    def under_way(step: int) -> int:
-        back = place.seen(place.partners(step)[1], place.at) or (0, 0)
-        return 2 * row * ((seen[step] or (0, 0))[1] + back[1]) if step else 0
+def copied(kernel: Workspace, share: sympy.Rational, shape: Shape, machine: Machine) -> int:
+    """What the kernel's backward pass copies of the last rows, a share of all."""
+    rows = int(share * shape.seq_len)
+    view = View((shape.batch, shape.heads, rows), (0, 0, 0), ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
+    return held_by(kernel, view, shape, "backward", machine, True)[1]
 
-    def taken(queries: int, keys: int) -> int:
-        formula = getattr(kernel.of(queries), phase)
-        if isinstance(formula, sympy.Basic):
-            formula = formula.xreplace({KS: sympy.Min(keys, 512)})
-        return evaluate(formula, Shape(batch, heads, queries, width, shape.dtype, shape.causal), machine)
 
-    def call(view, keys, joins=True):
-        m, all_rows = view.size[2], view.size[0] * view.size[1] * view.size[2] // (batch * heads)
-        _, copies, _ = held_by(kernel, view, shape, phase, machine, joins)
-        return all_rows, copies
+def ring_law(ranks: int, rank: int, causal: bool, kernel: Workspace) -> Law:
+    """The memory of a rank in zigzag over a kernel, its two runs equally long: output and log-sum-exp are saved; beside
+    them are keys and values of another and those of the next, and what has been found for them goes home. Of contiguous
+    tensors, on the CPU in float32."""
+    half, sums, last = sympy.Rational(1, 2), LINEAR32 if ranks > 2 else LINEAR, ranks - 1
+    saved, keys = {"output": LINEAR, "log-sum-exp": ROWS}, sympy.Symbol("M")
+    base = {**saved, "upstream gradient": LINEAR, "dq, dk, dv": 3 * sums}
+    coming = [2 * LINEAR * ((step > 0) + (step < last)) for step in range(ranks)]
+    # of a step: which share of its queries sees which share of another's keys, and which share of its own is seen
+    shares = [(1, 1, 1)] + [(1, half, 1) if step <= rank else (half, 1, 1) for step in range(1, ranks)]
+    shares = [(q, k, half if 0 < step <= last - rank else 1) if causal else (1, 1, 1) for step, (q, k, _) in enumerate(shares)]
+    ways = [0, *(2 * LINEAR * (k + seen) for _, k, seen in shares[1:])]
 
-    if phase == "forward":
-        yield [n * row, lse * n, 0, 0, coming(1), 0, 0, 0, taken(n, n)]
-        for step in range(1, ranks):
-            first, last = seen[step] or (n, 0)
-            m = n - first
-            if last:
-                held = max(taken(m, last), 2 * lse * m * machine.is_cpu)
-                yield [sums, lse * n, 0, 0, coming(step) + coming(step + 1), 0, m * (row + lse), 0, held]
-        if wide > shape.element_size:
-            yield [n * row + sums, lse * n, 0, 0, coming(1), 0, 0, 0, 0]
-        return
-    saved, (early, late) = [n * row, lse * n, n * row], own_parts(place, batch, heads)
-    ...
+    def taken(formula: Formula, q: sympy.Expr, k: sympy.Expr) -> Formula:
+        return sympy.sympify(formula).xreplace({KS: keys}).subs(N, q * N).subs(keys, sympy.Min(k * N, 512))
+
+    def held(q: sympy.Expr, k: sympy.Expr) -> Terms:
+        part = {"results of one call": (q + 2 * k) * LINEAR, "copies": partial(copied, kernel, q)}
+        return {**base, **part, "workspace": taken(kernel.backward, q, k)}
+
+    own = partial(own_rows, kernel, "forward", 1), partial(own_rows, kernel, "backward", 1 + (ranks > 1))
+    forward, backward = ({"own rows": {"coming": coming[0], "all else": one}} for one in own)
+    for step, (q, k, _) in enumerate(shares[1:], 1):
+        joining = sympy.Max(taken(kernel.forward, q, k), 2 * (1 - g) * q * ROWS)
+        part = {"results of one call": q * (LINEAR + ROWS), "workspace": joining}
+        forward[f"step {step}"] = {"output": sums, "log-sum-exp": ROWS, "coming": coming[step], **part}
+        other = {"coming": coming[step], "going home": ways[step - 1]}
+        backward[f"step {step}"] = {**held(q, k), **other}
+        # dk and dv are sent in one piece: a kernel that lays out [b, n, h, D] has them copied, one after the other
+        sent = {"dk, dv of another": 2 * k * LINEAR, "copies": k * LINEAR * COPIED * (kernel.copies > 0)}
+        backward[f"step {step}, sent"] = {**base, **other, **sent}
+    if ranks > 1:
+        backward["own rows, one half with the other"] = {**held(half, half), "going home": ways[-1]}
+    return Law(saved, forward, backward)

@@ -53,8 +53,8 @@ class Place(NamedTuple):
     @property
     def half(self) -> int:
         """Where its own rows are cut in two, for the backward pass: all of them if it is alone."""
-        first, *others = self.runs[self.at]
-        return first if others else -(-first // 2) if len(self.members) > 1 else first
+        mine = self.runs[self.at]
+        return sum(mine) if len(self.members) == 1 else mine[0] if len(mine) > 1 else -(-mine[0] // 2)
 
     def seen(self, mine: int, theirs: int) -> tuple[int, int] | None:
         """From which row on `mine` sees the rows of `theirs`, and up to which of them; None where none does."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnlib.calling import checked, differentiable
 from attnlib.core import Machine, Shape, UserError
-from attnlib.dilated.attention import dilated_backward, in_rows
+from attnlib.dilated.attention import dilated_backward, dilated_forward, in_rows
 from attnlib.dilated.kernels import Kernel, chosen
 from attnlib.dilated.merging import add, merge
 from attnlib.parallel.layout import Layout, Place
@@ -24,8 +24,8 @@ def room(like: Sequence[Tensor], rows: int) -> list[Tensor]:
     return [x.new_empty(*x.shape[:2], rows, x.shape[3]) for x in like] if rows else []
 
 
-def keys_and_values(own: list[Tensor], place: Place, link: Link) -> Iterator[tuple[int, list[Tensor]]]:
-    """Of each step from which row on this rank sees keys and values, and these, if any: its own, then those that have
+def keys_and_values(own: list[Tensor], place: Place, link: Link) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """Each step, from which row on this rank sees keys and values, and these, if any: its own, then those that have
     come from others. The next are under way by then, and whoever needs this rank's gets them."""
     came: Sequence[Tensor] = own
     for step in range(len(place.members)):
@@ -35,7 +35,7 @@ def keys_and_values(own: list[Tensor], place: Place, link: Link) -> Iterator[tup
         take = place.members[source], room(own, more and place.seen(place.at, source) and sum(place.runs[source]))
         wait = link.begin("keys and values", 2 * place.name, give, take)
         first, last = place.seen(place.at, place.partners(step)[0]) or (0, 0)
-        yield first, [x[:, :, :last] for x in came]
+        yield step, first, [x[:, :, :last] for x in came]
         came = wait()
 
 
@@ -47,10 +47,10 @@ def summed(x: Tensor, place: Place) -> Tensor:
 def ring_forward(q: Tensor, k: Tensor, v: Tensor, place: Place, link: Link, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """o and its log-sum-exp `[B, H, n]`, of a rank."""
     q, own = in_rows(q), [k.contiguous(), v.contiguous()]
-    for step, (first, theirs) in enumerate(keys_and_values(own, place, link)):
+    for step, first, theirs in keys_and_values(own, place, link):
         if step == 0:
-            o, lse = kernel.forward(q, *theirs, place.causal)
-            o, lse = summed(o, place), lse.contiguous()
+            o, lse = dilated_forward(q, *theirs, (q.shape[2],), (1,), place.causal, "modulo", kernel.name)
+            o = summed(o, place)
         elif theirs:
             merge(o[:, :, first:], lse[:, :, first:], *kernel.forward(q[:, :, first:], *theirs, False))
         del theirs  # or they are there while the next but one are laid out
@@ -63,7 +63,7 @@ def ring_backward(
     """dq, dk, dv, of a rank, with the merged o and log-sum-exp."""
     mine, own, wait = [in_rows(do), in_rows(q), in_rows(o), lse.contiguous()], [k.contiguous(), v.contiguous()], None
 
-    def part_of(queries: slice, keys: Sequence[Tensor]) -> Sequence[Tensor]:
+    def part_of(queries: slice, keys: Sequence[Tensor]) -> list[Tensor]:
         do, q, o, lse = (x[:, :, queries] for x in mine)
         dq, *found = kernel.backward(do, q, *keys, o, lse, False)
         add([grads[0][:, :, queries]], [dq])
@@ -73,12 +73,13 @@ def ring_backward(
         if found:
             add([x[:, :, start : start + found[0].shape[2]] for x in grads[1:]], found)
 
-    for step, (first, theirs) in enumerate(keys_and_values(own, place, link)):
+    for step, first, theirs in keys_and_values(own, place, link):
         if step == 0:  # each half of this rank's rows by itself, which is dilated attention of one branch
             how = (place.half,), (1,), place.causal, "modulo", kernel.name
             grads = [summed(x, place) for x in dilated_backward(*mine[:2], *theirs, *mine[2:], *how)]
         else:
-            found = [x.contiguous() for x in part_of(slice(first, None), theirs)] if theirs else []
+            found = part_of(slice(first, None), theirs) if theirs else []
+            found = [found.pop(0).contiguous() for _ in found[:]]
             put_home(wait() if wait else [])
             del wait  # with what has been sent
             source, target = place.partners(step)
