@@ -86,7 +86,7 @@ def ring_law(ranks: int, rank: int, causal: bool, kernel: Workspace) -> Law:
         other = {"coming": coming[step], "going home": ways[step - 1]}
         backward[f"step {step}"] = {**held(q, k), **other}
         # dk and dv are sent in one piece: a kernel that lays out [b, n, h, D] has them copied, one after the other
-        sent = {"dk, dv of another": 2 * k * LINEAR, "copies": k * LINEAR * COPIED * (kernel.copies > 0)}
+        sent = {"dk, dv of another": 2 * k * LINEAR, "copies": k * LINEAR * COPIED * int(kernel.copies > 0)}
         backward[f"step {step}, sent"] = {**base, **other, **sent}
     if ranks > 1:
         backward["own rows, one half with the other"] = {**held(half, half), "going home": ways[-1]}
