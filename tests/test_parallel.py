@@ -1,7 +1,7 @@
 """Attention over a sequence that several ranks share: against the oracle, its bytes and memory against their laws.
 
-This file is also the script that torchrun starts: all cases are computed in four processes, once in a session, the ranks
-of a case being the first of them."""
+This file is also the script that torchrun starts: all cases are computed in four processes, the ranks of a
+case being the first of them."""
 
 import itertools
 import random
@@ -84,7 +84,11 @@ def cases(device):
             for branches in (PAPER, UNSEEN, MIXED):
                 found.append(Case("dilated", ranks, Shape(1, 3, 301, 8, dtype, causal), False, branches))
         few = Shape(1, 2, 8, 4, causal=True)
-        return [*found, Case("ring", 4, few, True), Case("ring", 3, Shape(2, 4, 50, 8, causal=True), True, strided=True)]
+        return [
+            *found,
+            Case("ring", 4, few, True),
+            Case("ring", 3, Shape(2, 4, 50, 8, causal=True), True, strided=True),
+        ]
     for causal, n, name in itertools.product(masks, (1000, 1001), ("cudnn", "flash", "fa4")):
         shape, kernel = Shape(1, 4, n, 64, "bfloat16", causal), KERNELS[name]
         if not kernel.needs(shape, Machine.of(device)):
@@ -100,7 +104,9 @@ def memory_cases(device):
         b, h, n, d = pick.choice((1, 2)), pick.randint(1, 4), 2 * pick.randint(4, 300), 8 * pick.randint(1, 4)
         causal, on_cpu = pick.random() < 0.6, device == "cpu"
         ranks = pick.choice((1, 2, 3, 4)) if on_cpu else 2
-        found.append((ranks, Shape(b, h, n, d, "float32" if on_cpu else "bfloat16", causal), "cpu" if on_cpu else "cudnn"))
+        found.append(
+            (ranks, Shape(b, h, n, d, "float32" if on_cpu else "bfloat16", causal), "cpu" if on_cpu else "cudnn")
+        )
     return found
 
 
@@ -164,9 +170,24 @@ def check(device, folder):
     wrong = []
     for at, case in enumerate(cases(device)):
         parts = [found[at] for found in results[: case.ranks]]
-        draws = iter([[parallel.whole_of(x, case.layout) for x in zip(*draw, strict=True)] for draw in zip(*(one[0] for one in parts), strict=True)])
-        reach = partial(dilated_reach, **{x: y for x, y in case.options.items() if x != "kernel"}) if case.branches else dense_reach
-        variant = Variant(str(case), lambda *qkv, causal, draws=draws: Found.apply(*qkv, *next(draws)), None, Phases(0, 0), reach=reach)
+        draws = iter(
+            [
+                [parallel.whole_of(x, case.layout) for x in zip(*draw, strict=True)]
+                for draw in zip(*(one[0] for one in parts), strict=True)
+            ]
+        )
+        reach = (
+            partial(dilated_reach, **{x: y for x, y in case.options.items() if x != "kernel"})
+            if case.branches
+            else dense_reach
+        )
+        variant = Variant(
+            str(case),
+            lambda *qkv, causal, draws=draws: Found.apply(*qkv, *next(draws)),
+            None,
+            Phases(0, 0),
+            reach=reach,
+        )
         errors = compared(variant, case.shape, "cpu", DRAWS)
         wrong += [f"{case} {what}: {x:.2f}" for what in RESULTS if not (x := errors[f"{what}_of_reference"]) <= 2]
         for rank, (_, sent) in enumerate(parts):

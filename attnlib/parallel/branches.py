@@ -74,12 +74,13 @@ def collected(
     nothing: Callable, inputs: Sequence[Tensor], alone: Callable, ring: Callable, put: Callable,
     runs: tuple[range, ...], link: Link, kernel: Kernel, *how: Any,
 ) -> Sequence[Tensor]:  # fmt: skip
-    """What `alone` finds on stretches and `ring` on shared segments of the inputs, `put` into what begins as nothing."""
+    """What `alone` finds on stretches and `ring` on shared segments of the inputs, `put` into `nothing`."""
     (stretches, shared), (_, head_offsets, causal) = plan(runs, link.rank, inputs[0].shape[1], *how), how
     total: Sequence[Tensor] = ()
     for (start, stop), branches in sorted(stretches.items(), key=lambda one: one[0][0] - one[0][1]):
-        rows = (x[:, :, start:stop] for x in inputs)
-        part = alone(*rows, *zip(*branches, strict=True), causal, head_offsets, kernel.name)
+        part = alone(
+            *(x[:, :, start:stop] for x in inputs), *zip(*branches, strict=True), causal, head_offsets, kernel.name
+        )
         if stop - start == inputs[0].shape[2]:
             total = part  # the longest comes first
         else:

@@ -1,4 +1,4 @@
-"""What a rank sends, keeps, and holds at most: formulas in the symbols of `laws`, of which N is how many rows it has."""
+"""What a rank sends, keeps, and holds at most: formulas in the symbols of `laws`, where N is how many rows it has."""
 
 import itertools
 from collections.abc import Iterable
@@ -47,7 +47,9 @@ def ulysses_sent(layout: Layout, rank: int) -> PHASED:
 
 def own_rows(kernel: Workspace, phase: str, parts: int, shape: Shape, machine: Machine) -> int:
     """What a rank holds when it attends to its own rows, in one or two parts, K and V of others aside."""
-    return dilated_law(((shape.seq_len // parts, 1),), "modulo", lambda *_: kernel).bytes(f"{phase}_peak", shape, machine)
+    return dilated_law(((shape.seq_len // parts, 1),), "modulo", lambda *_: kernel).bytes(
+        f"{phase}_peak", shape, machine
+    )
 
 
 def copied(kernel: Workspace, share: sympy.Rational, shape: Shape, machine: Machine) -> int:
@@ -67,7 +69,9 @@ def ring_law(ranks: int, rank: int, causal: bool, kernel: Workspace) -> Law:
     coming = [2 * LINEAR * ((step > 0) + (step < last)) for step in range(ranks)]
     # of a step: which share of its queries sees which share of another's keys, and which share of its own is seen
     shares = [(1, 1, 1)] + [(1, half, 1) if step <= rank else (half, 1, 1) for step in range(1, ranks)]
-    shares = [(q, k, half if 0 < step <= last - rank else 1) if causal else (1, 1, 1) for step, (q, k, _) in enumerate(shares)]
+    shares = [
+        (q, k, half if 0 < step <= last - rank else 1) if causal else (1, 1, 1) for step, (q, k, _) in enumerate(shares)
+    ]
     ways = [0, *(2 * LINEAR * (k + seen) for _, k, seen in shares[1:])]
 
     def taken(formula: Formula, q: sympy.Expr, k: sympy.Expr) -> Formula:

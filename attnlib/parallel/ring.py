@@ -19,6 +19,7 @@ from attnlib.dilated.merging import add, merge
 from attnlib.parallel.layout import Layout, Place
 from attnlib.parallel.link import Link
 
+
 def room(like: Sequence[Tensor], rows: int) -> list[Tensor]:
     """Tensors for so many rows to come in."""
     return [x.new_empty(*x.shape[:2], rows, x.shape[3]) for x in like] if rows else []
@@ -49,7 +50,8 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, place: Place, link: Link, kern
     q, own = in_rows(q), [k.contiguous(), v.contiguous()]
     for step, first, theirs in keys_and_values(own, place, link):
         if step == 0:
-            o, lse = dilated_forward(q, *theirs, (q.shape[2],), (1,), place.causal, "modulo", kernel.name)
+            how: tuple = (q.shape[2],), (1,), place.causal, "modulo", kernel.name
+            o, lse = dilated_forward(q, *theirs, *how)
             o = summed(o, place)
         elif theirs:
             merge(o[:, :, first:], lse[:, :, first:], *kernel.forward(q[:, :, first:], *theirs, False))
@@ -75,11 +77,11 @@ def ring_backward(
 
     for step, first, theirs in keys_and_values(own, place, link):
         if step == 0:  # each half of this rank's rows by itself, which is dilated attention of one branch
-            how = (place.half,), (1,), place.causal, "modulo", kernel.name
+            how: tuple = (place.half,), (1,), place.causal, "modulo", kernel.name
             grads = [summed(x, place) for x in dilated_backward(*mine[:2], *theirs, *mine[2:], *how)]
         else:
             found = part_of(slice(first, None), theirs) if theirs else []
-            found = [found.pop(0).contiguous() for _ in found[:]]
+            found = [found.pop(0).contiguous() for _ in range(len(found))]
             put_home(wait() if wait else [])
             del wait  # with what has been sent
             source, target = place.partners(step)
@@ -108,7 +110,9 @@ def rank_inputs(
     if len(held) != link.ranks or held[link.rank] != q.shape[2]:
         there = f"rank {link.rank} of {link.ranks} has {q.shape[2]}"
         raise UserError(f"by the layout {len(held)} ranks hold {', '.join(map(str, held))} rows; {there}")
-    return q, k, v, chosen(kernel, Shape(*q.shape, str(q.dtype).removeprefix("torch."), causal), Machine.of(q.device))
+    batch, heads, n, width = q.shape
+    shape = Shape(batch, heads, n, width, str(q.dtype).removeprefix("torch."), causal)
+    return q, k, v, chosen(kernel, shape, Machine.of(q.device))
 
 
 def ring_attention(
