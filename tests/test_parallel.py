@@ -113,15 +113,15 @@ def memory_cases(device):
 def computed(case, link, device):
     """For each draw this rank's RESULTS, and of the last one what was sent in each phase."""
     found, sent = [], {}
-    for qkv, do in draw_inputs(Task(dense_reach, case.shape, torch.device(device), DRAWS)):
+    for qkv, do in draw_inputs(Task(dense_reach, case.shape, torch.device("cpu"), DRAWS)):  # the same on all devices
         link.sent.clear()
-        mine, do = ([parallel.shard_of(x.detach(), case.layout, link.rank) for x in some] for some in (qkv, [do]))
+        *mine, do = (parallel.shard_of(x.detach(), case.layout, link.rank).to(device) for x in (*qkv, do))
         if case.strided:
-            mine, do = ([x.transpose(1, 2).contiguous().transpose(1, 2) for x in some] for some in (mine, do))
+            *mine, do = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (*mine, do))
         mine = [x.requires_grad_() for x in mine]
         o = case.attention(link)(*mine)
         sent["forward"] = {what: n for what, n in link.sent.items() if n}
-        grads = torch.autograd.grad(o, mine, *do)
+        grads = torch.autograd.grad(o, mine, do)
         rest = {what: n - sent["forward"].get(what, 0) for what, n in link.sent.items()}
         sent["backward"] = {what: n for what, n in rest.items() if n}
         found.append([x.detach().cpu() for x in (o, *grads)])

@@ -49,8 +49,8 @@ class Exchange(torch.autograd.Function):
 def ulysses_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, link: Link, *, causal: bool = False, kernel: str | None = None
 ) -> Tensor:
-    """As `ring.ring_attention`, by an exchange of heads for rows, a kernel on whole sequences, and the way back. Kept are
-    all rows of this rank's heads, for the backward pass. Raises UserError also where ranks do not divide the heads."""
+    """As `ring.ring_attention`, by an exchange of heads for rows, a kernel on whole sequences, and the way back. All
+    rows of this rank's heads are kept for the backward pass. Raises UserError also where ranks do not divide heads."""
     *inputs, flash = rank_inputs(q, k, v, layout, link, causal, kernel)
     if q.shape[1] % link.ranks:
         raise UserError(f"{link.ranks} ranks cannot share {q.shape[1]} heads equally, as ulysses_attention wants")
