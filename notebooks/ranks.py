@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from attnlib import parallel
 from attnlib.core import Machine, Shape, UserError, dense_reach
 from attnlib.dilated.definition import dilated_reach
 from attnlib.laws import Phases, Variant, evaluate
 from attnlib.memory.allocator import account
-from attnlib.parallel.branches import plan
+from attnlib.parallel.branches import dilated_attention, plan
 from attnlib.parallel.law import branches_sent, ring_sent, ulysses_sent
-from attnlib.parallel.layout import Place
+from attnlib.parallel.layout import Place, shard_of, shards, whole_of
+from attnlib.parallel.link import connect
+from attnlib.parallel.ring import ring_attention
+from attnlib.parallel.ulysses import ulysses_attention
 from attnlib.rows import shape_of
 from attnlib.timing.sweep import Job, Row
 from report.accuracy import ERRORS, Task, compared, draw_inputs
@@ -30,6 +32,7 @@ from report.skipping import NotMeasured
 PROJECT = Path(__file__).parent.parent
 EXACT = [*ERRORS, "rank", "forward_sent_bytes", "backward_sent_bytes", "seq_len", "ranks"]
 RANK_MEMORY = ["rank", "ranks", "saved_bytes", "forward_peak_bytes", "backward_peak_bytes", "seq_len"]
+SCHEMES = {"ring": ring_attention, "ulysses": ulysses_attention, "dilated": dilated_attention}
 PAPER_SMALL = ((16, 1), (32, 2), (64, 4), (128, 6), (256, 12))  # the paper's setting, scaled down
 SEGMENTS_AND_RATES = {"segment_lengths": (2048, 4096, 8192, 16384, 32768), "dilation_rates": (1, 2, 4, 6, 12)}
 
@@ -83,7 +86,7 @@ def needs_two(run, there: int):
 def sent_by_law(row) -> tuple[int, int]:
     """Bytes that the rank of a row sends in the forward and in the backward pass, by the law of its scheme."""
     shape, scheme = shape_of(row), row["variant"]
-    layout = parallel.shards(shape.seq_len, row["ranks"], scheme != "dilated" and shape.causal)
+    layout = shards(shape.seq_len, row["ranks"], scheme != "dilated" and shape.causal)
     if scheme == "ulysses":
         law = ulysses_sent(layout, row["rank"])
     elif scheme == "ring":
@@ -116,9 +119,9 @@ class Found(torch.autograd.Function):
 
 def attention_of(scheme: str, shape: Shape, link, kernel: str | None = None, options=None):
     """`(q, k, v) -> o` of a rank, and the layout: zigzag where that is of use."""
-    layout = parallel.shards(shape.seq_len, link.ranks, scheme != "dilated" and shape.causal)
+    layout = shards(shape.seq_len, link.ranks, scheme != "dilated" and shape.causal)
     how = {"layout": layout, "link": link, "causal": shape.causal, "kernel": kernel, **(options or {})}
-    return partial(getattr(parallel, f"{scheme}_attention"), **how), layout
+    return partial(SCHEMES[scheme], **how), layout
 
 
 def exact(link, device, scheme, sizes, options) -> list[Row]:
@@ -126,14 +129,14 @@ def exact(link, device, scheme, sizes, options) -> list[Row]:
     shape = Shape(**sizes)
     fn, layout = attention_of(scheme, shape, link, options=options)
     ((qkv, do),) = draw_inputs(Task(dense_reach, shape, torch.device("cpu"), 1))  # the same on all devices
-    *mine, do = (parallel.shard_of(x.detach(), layout, link.rank).to(device) for x in (*qkv, do))
+    *mine, do = (shard_of(x.detach(), layout, link.rank).to(device) for x in (*qkv, do))
     mine = [x.requires_grad_() for x in mine]
     o = fn(*mine)
     sent = link.sent.total()
     grads = torch.autograd.grad(o, mine, do)
     parts, mine = [None] * link.ranks, [x.detach().cpu() for x in (o, *grads)]
     dist.all_gather_object(parts, (mine, sent, link.sent.total() - sent), group=link.group)
-    whole = [parallel.whole_of(some, layout) for some in zip(*(part[0] for part in parts), strict=True)]
+    whole = [whole_of(some, layout) for some in zip(*(part[0] for part in parts), strict=True)]
     reach = partial(dilated_reach, **options) if options else dense_reach
     variant = Variant(scheme, lambda *qkv, causal: Found.apply(*qkv, *whole), None, Phases(0, 0), reach=reach)
     row = compared(variant, shape, "cpu", 1) | {"ranks": link.ranks}
@@ -144,8 +147,8 @@ def exact(link, device, scheme, sizes, options) -> list[Row]:
 def rank_memory(link, device, sizes, kernel) -> list[Row]:
     """What the allocator saw on each rank; the shape is that of a rank."""
     shape, parts = Shape(**sizes), [None] * link.ranks
-    layout = parallel.shards(link.ranks * shape.seq_len, link.ranks, True)
-    fn = lambda *qkv, causal: parallel.ring_attention(*qkv, layout, link, causal=causal, kernel=kernel)  # noqa: E731
+    layout = shards(link.ranks * shape.seq_len, link.ranks, True)
+    fn = lambda *qkv, causal: ring_attention(*qkv, layout, link, causal=causal, kernel=kernel)  # noqa: E731
     for _ in range(2):  # the first makes the workspaces
         variant = Variant("ring", fn, None, Phases(0, 0))
         seen = account(variant, *shape.inputs(device), causal=shape.causal, backward=True)
@@ -156,7 +159,7 @@ def rank_memory(link, device, sizes, kernel) -> list[Row]:
 if __name__ == "__main__":
     what, device, cases, path = sys.argv[1:]
     function = globals().get(what) or getattr(import_module("notebooks.two_gpus"), what)
-    link, rows = parallel.connect(device, 120.0), []
+    link, rows = connect(device, 120.0), []
     device = device if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
     for case in json.loads(cases):
         link.sent.clear()

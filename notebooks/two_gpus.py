@@ -9,11 +9,11 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from attnlib import parallel
 from attnlib.core import PHASES, Shape, UserError
 from attnlib.dilated.attention import dilated
 from attnlib.laws import useful_flops
 from attnlib.parallel.layout import Place
+from attnlib.parallel.link import Link
 from attnlib.parallel.ring import keys_and_values
 from attnlib.rows import shape_of
 from attnlib.timing.clock import CACHE_BYTES, CYCLES_PER_MS
@@ -57,7 +57,7 @@ def slowest_ms(fn, link, passes: int = 20, wait_ms: float = 2.0) -> float:
     return float(np.median(times.tolist()))
 
 
-class Silent(parallel.Link):
+class Silent(Link):
     """A link on which nothing is sent and whatever lies in memory comes at once: what a scheme computes, alone."""
 
     def begin(self, what, name, give, take):
@@ -155,7 +155,7 @@ def messages(link, device, nbytes) -> list[Row]:
     return [{"message_bytes": nbytes, "there_ms": ms(0), "back_ms": ms(1), "both_ways_ms": ms(0, 1)}]
 
 
-def beside(link, device, kernel, sizes) -> list[Row]:
+def kernel_and_exchange(link, device, kernel, sizes) -> list[Row]:
     """A kernel alone, an exchange of its keys and values alone, and the kernel while they are exchanged."""
     shape = Shape(**sizes)
     inputs = [x.detach() for x in shape.inputs(device)]

@@ -31,8 +31,11 @@ class Shared(NamedTuple):
 
     def where(self, x: Tensor) -> tuple[Any, ...]:
         """The kept rows, as an index into x `[B, H, n, …]`."""
-        index = [torch.tensor(at, device=x.device) for at in (self.heads, [[*rows] for rows in self.kept])]
-        return slice(None), index[0][:, None], index[1]
+        heads, first = (
+            torch.tensor(ints, device=x.device)[:, None] for ints in (self.heads, [rows.start for rows in self.kept])
+        )
+        steps = torch.arange(len(self.kept[0]), device=x.device) * self.kept[0].step
+        return slice(None), heads, first + steps
 
 
 def kept_in(run: range, start: int, stop: int, rate: int) -> range:

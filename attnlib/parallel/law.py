@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import sympy
 
@@ -10,7 +11,6 @@ from attnlib.core import Machine, Shape
 from attnlib.dilated.law import Workspace, dilated_law, held_by
 from attnlib.dilated.views import View
 from attnlib.laws import LINEAR, LINEAR32, ROWS, B, D, Formula, H, Law, N, Terms, e, g
-from attnlib.parallel.branches import Shared
 from attnlib.parallel.layout import Layout, Place
 from attnlib.variants.sdpa_laws import COPIED, KS
 
@@ -28,7 +28,7 @@ def ring_sent(place: Place, heads: int | sympy.Symbol = H) -> PHASED:
     return {"forward": own, "backward": {**own, "gradients": ROW * heads * back}}
 
 
-def branches_sent(shared: Iterable[Shared]) -> PHASED:
+def branches_sent(shared: Iterable[Any]) -> PHASED:
     """The same of dilated attention, of the segments that a rank shares (see `branches.plan`)."""
     found: PHASED = {"forward": {}, "backward": {}}
     for (phase, terms), one in itertools.product(found.items(), shared):
@@ -47,9 +47,8 @@ def ulysses_sent(layout: Layout, rank: int) -> PHASED:
 
 def own_rows(kernel: Workspace, phase: str, parts: int, shape: Shape, machine: Machine) -> int:
     """What a rank holds when it attends to its own rows, in one or two parts, K and V of others aside."""
-    return dilated_law(((shape.seq_len // parts, 1),), "modulo", lambda *_: kernel).bytes(
-        f"{phase}_peak", shape, machine
-    )
+    law = dilated_law(((shape.seq_len // parts, 1),), "modulo", lambda *_: kernel)
+    return law.bytes(f"{phase}_peak", shape, machine)
 
 
 def copied(kernel: Workspace, share: sympy.Rational, shape: Shape, machine: Machine) -> int:
@@ -67,12 +66,12 @@ def ring_law(ranks: int, rank: int, causal: bool, kernel: Workspace) -> Law:
     saved, keys = {"output": LINEAR, "log-sum-exp": ROWS}, sympy.Symbol("M")
     base = {**saved, "upstream gradient": LINEAR, "dq, dk, dv": 3 * sums}
     coming = [2 * LINEAR * ((step > 0) + (step < last)) for step in range(ranks)]
-    # of a step: which share of its queries sees which share of another's keys, and which share of its own is seen
-    shares = [(1, 1, 1)] + [(1, half, 1) if step <= rank else (half, 1, 1) for step in range(1, ranks)]
+    # of a step: which share of its queries sees which share of another's keys, and which share of its own others see
     shares = [
-        (q, k, half if 0 < step <= last - rank else 1) if causal else (1, 1, 1) for step, (q, k, _) in enumerate(shares)
+        (1, half) if causal and 0 < step <= rank else (half if causal and step else 1, 1) for step in range(ranks)
     ]
-    ways = [0, *(2 * LINEAR * (k + seen) for _, k, seen in shares[1:])]
+    own_seen = [half if causal and 0 < step <= last - rank else 1 for step in range(ranks)]
+    ways = [0, *(2 * LINEAR * (k + seen) for (_, k), seen in zip(shares[1:], own_seen[1:], strict=True))]
 
     def taken(formula: Formula, q: sympy.Expr, k: sympy.Expr) -> Formula:
         return sympy.sympify(formula).xreplace({KS: keys}).subs(N, q * N).subs(keys, sympy.Min(k * N, 512))
@@ -83,7 +82,7 @@ def ring_law(ranks: int, rank: int, causal: bool, kernel: Workspace) -> Law:
 
     own = partial(own_rows, kernel, "forward", 1), partial(own_rows, kernel, "backward", 1 + (ranks > 1))
     forward, backward = ({"own rows": {"coming": coming[0], "all else": one}} for one in own)
-    for step, (q, k, _) in enumerate(shares[1:], 1):
+    for step, (q, k) in enumerate(shares[1:], 1):
         joining = sympy.Max(taken(kernel.forward, q, k), 2 * (1 - g) * q * ROWS)
         part = {"results of one call": q * (LINEAR + ROWS), "workspace": joining}
         forward[f"step {step}"] = {"output": sums, "log-sum-exp": ROWS, "coming": coming[step], **part}

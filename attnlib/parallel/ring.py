@@ -20,7 +20,7 @@ from attnlib.parallel.layout import Layout, Place
 from attnlib.parallel.link import Link
 
 
-def room(like: Sequence[Tensor], rows: int) -> list[Tensor]:
+def space_for(like: Sequence[Tensor], rows: int) -> list[Tensor]:
     """Tensors for so many rows to come in."""
     return [x.new_empty(*x.shape[:2], rows, x.shape[3]) for x in like] if rows else []
 
@@ -33,14 +33,14 @@ def keys_and_values(own: list[Tensor], place: Place, link: Link) -> Iterator[tup
         source, target = place.partners(step + 1)
         more = step + 1 < len(place.members)
         give = place.members[target], own if more and place.seen(target, place.at) else []
-        take = place.members[source], room(own, more and place.seen(place.at, source) and sum(place.runs[source]))
+        take = place.members[source], space_for(own, more and place.seen(place.at, source) and sum(place.runs[source]))
         wait = link.begin("keys and values", 2 * place.name, give, take)
         first, last = place.seen(place.at, place.partners(step)[0]) or (0, 0)
         yield step, first, [x[:, :, :last] for x in came]
         came = wait()
 
 
-def summed(x: Tensor, place: Place) -> Tensor:
+def widened(x: Tensor, place: Place) -> Tensor:
     """x to be added to, in float32 where more than two roundings would add up."""
     return x.float() if len(place.members) > 2 else x
 
@@ -52,7 +52,7 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, place: Place, link: Link, kern
         if step == 0:
             how: tuple = (q.shape[2],), (1,), place.causal, "modulo", kernel.name
             o, lse = dilated_forward(q, *theirs, *how)
-            o = summed(o, place)
+            o = widened(o, place)
         elif theirs:
             merge(o[:, :, first:], lse[:, :, first:], *kernel.forward(q[:, :, first:], *theirs, False))
         del theirs  # or they are there while the next but one are laid out
@@ -78,7 +78,7 @@ def ring_backward(
     for step, first, theirs in keys_and_values(own, place, link):
         if step == 0:  # each half of this rank's rows by itself, which is dilated attention of one branch
             how: tuple = (place.half,), (1,), place.causal, "modulo", kernel.name
-            grads = [summed(x, place) for x in dilated_backward(*mine[:2], *theirs, *mine[2:], *how)]
+            grads = [widened(x, place) for x in dilated_backward(*mine[:2], *theirs, *mine[2:], *how)]
         else:
             found = part_of(slice(first, None), theirs) if theirs else []
             found = [found.pop(0).contiguous() for _ in range(len(found))]
@@ -86,7 +86,7 @@ def ring_backward(
             del wait  # with what has been sent
             source, target = place.partners(step)
             _, rows = place.seen(target, place.at) or (0, 0)
-            ends = (place.members[source], found), (place.members[target], room(own, rows))
+            ends = (place.members[source], found), (place.members[target], space_for(own, rows))
             wait = link.begin("gradients", 2 * place.name + 1, *ends)
             del found, ends
         del theirs
