@@ -24,9 +24,9 @@ from attnlib.dilated.definition import dilated_reach
 from attnlib.dilated.kernels import KERNELS
 from attnlib.laws import ACCOUNTS, Phases, Variant, evaluate
 from attnlib.memory.allocator import observe
-from attnlib.parallel.branches import plan
 from attnlib.parallel.law import branches_sent, ring_law, ring_sent, ulysses_sent
 from attnlib.parallel.layout import Place
+from attnlib.parallel.shared import plan
 from notebooks.ranks import together
 from report.accuracy import RESULTS, Task, compared, draw_inputs
 

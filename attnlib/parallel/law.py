@@ -29,7 +29,7 @@ def ring_sent(place: Place, heads: int | sympy.Symbol = H) -> PHASED:
 
 
 def branches_sent(shared: Iterable[Any]) -> PHASED:
-    """The same of dilated attention, of the segments that a rank shares (see `branches.plan`)."""
+    """The same of dilated attention, of the segments that a rank shares (see `shared.plan`)."""
     found: PHASED = {"forward": {}, "backward": {}}
     for (phase, terms), one in itertools.product(found.items(), shared):
         for what, nbytes in ring_sent(one.place, len(one.heads))[phase].items():
