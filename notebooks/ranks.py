@@ -18,14 +18,14 @@ from attnlib.core import Machine, Shape, UserError, dense_reach
 from attnlib.dilated.definition import dilated_reach
 from attnlib.laws import Phases, Variant, evaluate
 from attnlib.memory.allocator import account
-from attnlib.parallel.law import branches_sent, ring_sent, ulysses_sent
 from attnlib.parallel.layout import Place, shard_of, shards, whole_of
 from attnlib.parallel.link import connect
 from attnlib.parallel.ring import ring_attention
 from attnlib.parallel.shared import dilated_attention, plan
-from attnlib.parallel.ulysses import ulysses_attention
 from attnlib.rows import shape_of
 from attnlib.timing.sweep import Job, Row
+from notebooks.rank_laws import branches_sent, ring_sent, ulysses_sent
+from notebooks.restated.ulysses import ulysses_attention
 from report.accuracy import ERRORS, Task, compared, draw_inputs
 from report.skipping import NotMeasured
 

@@ -25,7 +25,7 @@ BESIDE = ["kernel_ms", "exchange_ms", "together_ms", "seq_len"]
 SHARED_TIMES = ["seq_len", "ranks", "ms", "single_ms"]
 
 
-def rates(run) -> tuple[float, float]:
+def measured_rates(run) -> tuple[float, float]:
     """Operations per second of one GPU on the longest causal sequence measured, and bytes per second of the link; NaN
     where they were not measured."""
     if not (run.has("times") and run.path("times").exists()):
@@ -63,10 +63,6 @@ class Silent(Link):
     def begin(self, what, name, give, take):
         """Nothing."""
         return lambda: take[1]
-
-    def all_to_all(self, what, given, sizes):
-        """Nothing."""
-        return [given[0].new_empty(size) for size in sizes]
 
 
 class Fused(torch.nn.Module):
@@ -135,7 +131,7 @@ def shared_times(link, device, scheme, kernel, sizes) -> list[Row]:
     rows = []
     for backward in (False, True):
         found = {"ms": ms(fn, local, backward), "single_ms": ms(whole, shape, backward)}
-        found |= {} if theirs else {"alone_ms": ms(silent, local, backward)}
+        found |= {} if theirs or scheme == "ulysses" else {"alone_ms": ms(silent, local, backward)}
         if scheme == "ring":
             own = [x.detach() for x in local.inputs(device)[1:]]
             found["exchange_ms"] = slowest_ms(partial(exchanges, own, place, link, backward), link)

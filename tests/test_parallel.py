@@ -24,10 +24,10 @@ from attnlib.dilated.definition import dilated_reach
 from attnlib.dilated.kernels import KERNELS
 from attnlib.laws import ACCOUNTS, Phases, Variant, evaluate
 from attnlib.memory.allocator import observe
-from attnlib.parallel.law import branches_sent, ring_law, ring_sent, ulysses_sent
 from attnlib.parallel.layout import Place
 from attnlib.parallel.shared import plan
-from notebooks.ranks import together
+from notebooks.rank_laws import branches_sent, ring_law, ring_sent, ulysses_sent
+from notebooks.ranks import SCHEMES, together
 from report.accuracy import RESULTS, Task, compared, draw_inputs
 
 PAPER = ((16, 32, 64, 128, 256), (1, 2, 4, 6, 12))  # the paper's own, smaller: 6 and 12 do not divide
@@ -56,7 +56,7 @@ class Case(NamedTuple):
         return dict(zip(("segment_lengths", "dilation_rates"), self.branches, strict=False)) | {"kernel": self.kernel}
 
     def attention(self, link):
-        fn = getattr(parallel, f"{self.scheme}_attention")
+        fn = SCHEMES[self.scheme]
         return partial(fn, layout=self.layout, link=link, causal=self.shape.causal, **self.options)
 
     def sent(self, rank):
@@ -278,7 +278,7 @@ def test_what_cannot_be_gets_one_line(scheme, layout, heads, message):
     options = {"segment_lengths": (4,), "dilation_rates": (1,)} if scheme == "dilated" else {}
     with pytest.raises(UserError, match=f"{re.escape(message)}[^\n]*$"):
         link = SimpleNamespace(rank=0, ranks=2)
-        getattr(parallel, f"{scheme}_attention")(*Shape(1, heads, 8, 4).inputs(), layout, link, **options)
+        SCHEMES[scheme](*Shape(1, heads, 8, 4).inputs(), layout, link, **options)
 
 
 def test_more_runs_than_positions_are_refused():

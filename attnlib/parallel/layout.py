@@ -1,4 +1,4 @@
-"""Who holds which positions of a sequence that several ranks share, and which of them see each other."""
+"""Who holds which positions of a sequence that several ranks share, and who sees whom."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -13,14 +13,13 @@ Layout = tuple[tuple[range, ...], ...]  # of each rank the runs of positions tha
 
 
 def shards(seq_len: int, ranks: int, zigzag: bool = False) -> Layout:
-    """Which of `seq_len` positions each rank holds: a run of them, or with `zigzag` one from the front and its mirror
-    image from the back, so that under a causal mask all have as much to do. Runs differ by one position at most, the
-    longer ones first. Raises UserError where one would be empty."""
+    """Which of `seq_len` positions each rank holds: a run, or with `zigzag`, fair under a causal mask, one at the front
+    and its mirror image at the back. The first may be longer, by one. Raises UserError where one would be empty."""
     pieces = ranks * (1 + zigzag)
     if not 1 <= pieces <= seq_len:
         raise UserError(f"{seq_len} positions cannot be cut into {pieces} runs for {ranks} ranks")
-    ends = accumulate((seq_len // pieces + (at < seq_len % pieces) for at in range(pieces)), initial=0)
-    runs = [range(*both) for both in pairwise(ends)]
+    lengths = (seq_len // pieces + (at < seq_len % pieces) for at in range(pieces))
+    runs = [range(*ends) for ends in pairwise(accumulate(lengths, initial=0))]
     return tuple((runs[rank], runs[-1 - rank]) if zigzag else (runs[rank],) for rank in range(ranks))
 
 
@@ -66,5 +65,9 @@ class Place(NamedTuple):
         return (self.runs[mine][0], every[1]) if mirrored else None
 
     def partners(self, step: int) -> tuple[int, int]:
-        """The members from whom this one takes keys and values in a step, and to whom it gives its own."""
+        """The members from whom this one takes keys and values in a step, and to whom it gives."""
         return (self.at - step) % len(self.members), (self.at + step) % len(self.members)
+
+    def widened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors to be added to, in float32 where more than two roundings would add up."""
+        return [x.float() if len(self.members) > 2 else x for x in tensors]

@@ -1,9 +1,9 @@
-"""A process group as attention uses it: messages between two ranks, an exchange among all, and a count of both."""
+"""A process group as attention uses it: messages between two ranks, and a count of what was sent."""
 
-import datetime
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -36,14 +36,6 @@ class Link:
 
         return wait
 
-    def all_to_all(self, what: str, given: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Send each rank its tensor, and return what each has sent, of these sizes."""
-        self.sent[what] += sum(x.nbytes for rank, x in enumerate(given) if rank != self.rank)
-        flat, counts = torch.cat([x.flatten() for x in given]), [torch.Size(one).numel() for one in sizes]
-        received = flat.new_empty(sum(counts))
-        dist.all_to_all_single(received, flat, counts, [x.numel() for x in given], group=self.group)
-        return [x.view(*one) for x, one in zip(received.split_with_sizes(counts), sizes, strict=True)]
-
 
 def connect(device: str, patience_s: float = 25.0) -> Link:
     """Join the processes that torchrun has started: by gloo on "cpu", by NCCL on "cuda", each on the GPU of its
@@ -51,6 +43,5 @@ def connect(device: str, patience_s: float = 25.0) -> Link:
     gpu = None if device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if gpu:
         torch.cuda.set_device(gpu)
-    patience = datetime.timedelta(seconds=patience_s)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=gpu)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=patience_s), device_id=gpu)
     return Link()

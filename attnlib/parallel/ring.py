@@ -1,11 +1,7 @@
 """Exact attention over a sequence that several ranks share: keys and values of others come while rows are computed.
 
-What a rank computes with the rows of another is a part of attention. Parts are merged by their log-sum-exp, and their
-gradients are those of the kernel's own backward pass with the merged output and log-sum-exp, as in dilated attention.
-Each rank sends its own rows straight to whoever sees them: nothing is passed on. In the backward pass it computes one
-part of its own rows while the first keys come, the other while the last gradients go home. Tensors are `[B, H, n, D]`,
-n the rows of a rank. Sources: Liu et al. 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context";
-for zigzag halves, zhuzilin/ring-flash-attention."""
+Parts are merged and differentiated as in dilated attention; each rank sends its rows straight to whoever sees them.
+Sources: Liu et al. 2023, "Ring Attention with Blockwise Transformers"; for zigzag, zhuzilin/ring-flash-attention."""
 
 from collections.abc import Iterator, Sequence
 
@@ -26,8 +22,8 @@ def space_for(like: Sequence[Tensor], rows: int) -> list[Tensor]:
 
 
 def keys_and_values(own: list[Tensor], place: Place, link: Link) -> Iterator[tuple[int, int, list[Tensor]]]:
-    """Each step, from which row on this rank sees keys and values, and these, if any: its own, then those that have
-    come from others. The next are under way by then, and whoever needs this rank's gets them."""
+    """Each step, from which row on this rank sees keys and values, and these, if any: its own, then those of others. By
+    then the next are under way, and whoever needs this rank's gets them."""
     came: Sequence[Tensor] = own
     for step in range(len(place.members)):
         source, target = place.partners(step + 1)
@@ -40,19 +36,13 @@ def keys_and_values(own: list[Tensor], place: Place, link: Link) -> Iterator[tup
         came = wait()
 
 
-def widened(x: Tensor, place: Place) -> Tensor:
-    """x to be added to, in float32 where more than two roundings would add up."""
-    return x.float() if len(place.members) > 2 else x
-
-
 def ring_forward(q: Tensor, k: Tensor, v: Tensor, place: Place, link: Link, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """o and its log-sum-exp `[B, H, n]`, of a rank."""
     q, own = in_rows(q), [k.contiguous(), v.contiguous()]
     for step, first, theirs in keys_and_values(own, place, link):
         if step == 0:
             how: tuple = (q.shape[2],), (1,), place.causal, "modulo", kernel.name
-            o, lse = dilated_forward(q, *theirs, *how)
-            o = widened(o, place)
+            o, lse = place.widened(dilated_forward(q, *theirs, *how))
         elif theirs:
             merge(o[:, :, first:], lse[:, :, first:], *kernel.forward(q[:, :, first:], *theirs, False))
         del theirs  # or they are there while the next but one are laid out
@@ -76,9 +66,9 @@ def ring_backward(
             add([x[:, :, start : start + found[0].shape[2]] for x in grads[1:]], found)
 
     for step, first, theirs in keys_and_values(own, place, link):
-        if step == 0:  # each half of this rank's rows by itself, which is dilated attention of one branch
+        if step == 0:  # while keys come, each half of its own rows by itself: dilated attention of one branch
             how: tuple = (place.half,), (1,), place.causal, "modulo", kernel.name
-            grads = [widened(x, place) for x in dilated_backward(*mine[:2], *theirs, *mine[2:], *how)]
+            grads = place.widened(dilated_backward(*mine[:2], *theirs, *mine[2:], *how))
         else:
             found = part_of(slice(first, None), theirs) if theirs else []
             found = [found.pop(0).contiguous() for _ in range(len(found))]
@@ -90,7 +80,7 @@ def ring_backward(
             wait = link.begin("gradients", 2 * place.name + 1, *ends)
             del found, ends
         del theirs
-    halves = slice(None, place.half), slice(place.half, None)
+    halves = slice(None, place.half), slice(place.half, None)  # and while gradients go home, one with the other
     for queries, keys in (halves[::-1], halves)[: 2 - place.causal] if place.half < q.shape[2] else ():
         put_home(part_of(queries, [x[:, :, keys] for x in own]), keys.start or 0)
     put_home(wait() if wait else [])
@@ -103,26 +93,21 @@ RING = differentiable("ring attention", ring_forward, ring_backward)
 def rank_inputs(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, link: Link, causal: bool, kernel: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Kernel]:
-    """q, k, v, `checked`, and the kernel. Raises UserError as `checked` and `kernels.chosen` do, and where the layout
-    has other ranks or rows than there are."""
+    """q, k, v, `checked`, and the kernel. Raises UserError also where ranks or rows are not those of the layout."""
     q, k, v = checked(q, k, v, causal)
-    held = [sum(map(len, runs)) for runs in layout]
+    held, there = [sum(map(len, runs)) for runs in layout], f"rank {link.rank} of {link.ranks} has {q.shape[2]}"
     if len(held) != link.ranks or held[link.rank] != q.shape[2]:
-        there = f"rank {link.rank} of {link.ranks} has {q.shape[2]}"
         raise UserError(f"by the layout {len(held)} ranks hold {', '.join(map(str, held))} rows; {there}")
-    batch, heads, n, width = q.shape
-    shape = Shape(batch, heads, n, width, str(q.dtype).removeprefix("torch."), causal)
-    return q, k, v, chosen(kernel, shape, Machine.of(q.device))
+    sizes: tuple = (*q.shape, str(q.dtype).removeprefix("torch."), causal)
+    return q, k, v, chosen(kernel, Shape(*sizes), Machine.of(q.device))
 
 
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, link: Link, *, causal: bool = False, kernel: str | None = None
 ) -> Tensor:
     """o `[B, H, n, D]` of the n rows that this rank holds by the layout (see `shards`; zigzag where causal), over all
-    rows that the ranks of the link hold. Each of them calls it, and its backward pass.
-
-    q, k, v: this rank's rows, alike on all ranks but for n. kernel: which one of dilated.kernels runs underneath, by
-    default the first that takes such inputs. Saved are the output and one float32 per row and head. Raises UserError
-    for tensors or kernels that cannot be, and for what is not this rank's shard."""
+    rows of the ranks of a link. Each of them calls it, and its backward pass. q, k, v: its rows, `[B, H, n, D]`.
+    kernel: which one of dilated.kernels runs underneath, by default the first that takes such inputs. Saved are the
+    output and one float32 per row and head. Raises UserError as `rank_inputs`, and where a kernel cannot run."""
     *inputs, flash = rank_inputs(q, k, v, layout, link, causal, kernel)
     return RING.apply(*inputs, Place.of(layout, link.rank, causal), link, flash)[0]

@@ -1,5 +1,4 @@
-"""Dilated attention over a sequence that several ranks share: segments within a rank's rows need nobody else; of wider
-ones, or where one is cut, the ranks that share it form a ring, in which only the kept rows are exchanged."""
+"""Dilated attention over a sequence that several ranks share: ranks that share a segment exchange the rows it keeps."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -19,8 +18,6 @@ from attnlib.parallel.layout import Layout, Place
 from attnlib.parallel.link import Link
 from attnlib.parallel.ring import rank_inputs, ring_backward, ring_forward
 
-UNSEEN = -1e30  # a log-sum-exp below any other, but finite: the difference of two infinite ones would be none
-
 
 class Shared(NamedTuple):
     """A segment that several ranks share, for heads of which each keeps as many rows."""
@@ -31,11 +28,9 @@ class Shared(NamedTuple):
 
     def where(self, x: Tensor) -> tuple[Any, ...]:
         """The kept rows, as an index into x `[B, H, n, …]`."""
-        heads, first = (
-            torch.tensor(ints, device=x.device)[:, None] for ints in (self.heads, [rows.start for rows in self.kept])
-        )
-        steps = torch.arange(len(self.kept[0]), device=x.device) * self.kept[0].step
-        return slice(None), heads, first + steps
+        like, ahead = self.kept[0], [rows.start - self.kept[0].start for rows in self.kept]
+        heads, first = (torch.tensor(ints, device=x.device)[:, None] for ints in (self.heads, ahead))
+        return slice(None), heads, first + torch.arange(like.start, like.stop, like.step, device=x.device)
 
 
 def kept_in(run: range, start: int, stop: int, rate: int) -> range:
@@ -48,28 +43,25 @@ def kept_in(run: range, start: int, stop: int, rate: int) -> range:
 def plan(
     runs: tuple[range, ...], rank: int, heads: int, branches: Branches, head_offsets: str, causal: bool
 ) -> tuple[dict[tuple[int, int], Branches], list[Shared]]:
-    """The stretches of a rank's rows that hold whole segments, with the branches of which they are, and the segments
-    that it shares, in an order that is the same for all."""
-    mine, seq_len, name = runs[rank], runs[-1].stop, 0
+    """Stretches of a rank's rows that hold whole segments, with their branches, and segments shared, in one order."""
+    mine, seq_len, shared, name = runs[rank], runs[-1].stop, list[Shared](), 0
     alone: dict[tuple[int, int], Branches] = {}
-    shared = []
     for width, rate in branches:
         start, stop = -(-mine.start // width) * width, mine.stop if mine.stop == seq_len else mine.stop // width * width
         if start < stop:
             stretch = start - mine.start, stop - mine.start
             alone[stretch] = (*alone.get(stretch, ()), (width, rate))
         for start in sorted({run.start // width * width for run in runs if run.start % width}):
-            kept = {}
+            alike: dict[tuple[int, ...], dict[int, range]] = {}  # of heads of which each rank keeps as many rows, mine
             for head in range(heads):
                 own, stop = start + offset(head, heads, rate, head_offsets), min(start + width, seq_len)
-                kept[head] = [kept_in(run, own, stop, rate) for run in runs]
-            for counts in sorted({tuple(map(len, rows)) for rows in kept.values()}):
-                name += 1
+                kept = [kept_in(run, own, stop, rate) for run in runs]
+                alike.setdefault(tuple(map(len, kept)), {})[head] = kept[rank]
+            for name, (counts, of_heads) in enumerate(alike.items(), name + 1):  # noqa: B020
                 there = tuple(one for one, count in enumerate(counts) if count)
                 if rank in there:
                     place = Place(there.index(rank), there, tuple((counts[one],) for one in there), causal, name)
-                    members = [head for head, rows in kept.items() if tuple(map(len, rows)) == counts]
-                    shared.append(Shared(place, members, [kept[head][rank] for head in members]))
+                    shared.append(Shared(place, [*of_heads], [*of_heads.values()]))
     return alone, shared
 
 
@@ -79,32 +71,29 @@ def collected(
 ) -> Sequence[Tensor]:  # fmt: skip
     """What `alone` finds on stretches and `ring` on shared segments of the inputs, `put` into `nothing`."""
     (stretches, shared), (_, head_offsets, causal) = plan(runs, link.rank, inputs[0].shape[1], *how), how
-    total: Sequence[Tensor] = ()
-    for (start, stop), branches in sorted(stretches.items(), key=lambda one: one[0][0] - one[0][1]):
-        part = alone(
-            *(x[:, :, start:stop] for x in inputs), *zip(*branches, strict=True), causal, head_offsets, kernel.name
-        )
-        if stop - start == inputs[0].shape[2]:
-            total = part  # the longest comes first
-        else:
-            total = total or nothing()
-            put([x[:, :, start:stop] for x in total], part)
-        del part
-    total = total or nothing()
+
+    def found(start: int, stop: int) -> Sequence[Tensor]:
+        rows, branches = (x[:, :, start:stop] for x in inputs), zip(*stretches[start, stop], strict=True)
+        return alone(*rows, *branches, causal, head_offsets, kernel.name)
+
+    whole = 0, inputs[0].shape[2]
+    total = found(*whole) if whole in stretches else nothing()
+    for start, stop in (ends for ends in stretches if ends != whole):
+        put([x[:, :, start:stop] for x in total], found(start, stop))
     for one in shared:
         at = one.where(inputs[0])
         rows = [x[at] for x in total]
         put(rows, ring(*(x[at] for x in inputs), one.place, link, kernel))
-        for x, found in zip(total, rows, strict=True):
-            x[at] = found
+        for x, joined_rows in zip(total, rows, strict=True):
+            x[at] = joined_rows
     return total
 
 
 def shared_forward(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Sequence[Tensor]:
     """o and its log-sum-exp, of a rank."""
-    nothing = lambda: (torch.zeros_like(q), q.new_full(q.shape[:3], UNSEEN, dtype=torch.float32))  # noqa: E731
-    put = lambda total, part: merge(*total, *part)  # noqa: E731
-    return collected(nothing, (q, k, v), dilated_forward, ring_forward, put, *how)
+    lowest = torch.finfo(torch.float32).min / 2  # below any log-sum-exp, but two infinite ones would have no difference
+    nothing = lambda: (torch.zeros_like(q), q.new_full(q.shape[:3], lowest, dtype=torch.float32))  # noqa: E731
+    return collected(nothing, (q, k, v), dilated_forward, ring_forward, lambda all, part: merge(*all, *part), *how)
 
 
 def shared_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *how: Any) -> Sequence[Tensor]:
@@ -124,7 +113,8 @@ def dilated_attention(
     """What `dilated` computes, called as `ring.ring_attention`, on a layout without zigzag: of a segment that lies in a
     rank's rows nothing is exchanged, of another the rows that its heads keep. Raises UserError as both do."""
     *inputs, flash = rank_inputs(q, k, v, layout, link, causal, kernel)
-    if any(len(runs) > 1 for runs in layout):
+    runs, *mirrored = zip(*layout, strict=True)
+    if mirrored:
         raise UserError("dilated_attention wants neighbouring positions on a rank: shards without zigzag")
-    how = branches_of(segment_lengths, dilation_rates, head_offsets), head_offsets, causal
-    return SHARED.apply(*inputs, tuple(runs[0] for runs in layout), link, flash, *how)[0]
+    branches = branches_of(segment_lengths, dilation_rates, head_offsets)
+    return SHARED.apply(*inputs, runs, link, flash, branches, head_offsets, causal)[0]

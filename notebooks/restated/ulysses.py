@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from attnlib.core import UserError
@@ -15,19 +16,28 @@ from attnlib.parallel.link import Link
 from attnlib.parallel.ring import rank_inputs
 
 
+def all_to_all(link: Link, what: str, given: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Send each rank its tensor, and return what each has sent, of these sizes."""
+    link.sent[what] += sum(x.nbytes for rank, x in enumerate(given) if rank != link.rank)
+    flat, counts = torch.cat([x.flatten() for x in given]), [torch.Size(one).numel() for one in sizes]
+    received = flat.new_empty(sum(counts))
+    dist.all_to_all_single(received, flat, counts, [x.numel() for x in given], group=link.group)
+    return [x.view(*one) for x, one in zip(received.split_with_sizes(counts), sizes, strict=True)]
+
+
 def to_heads(tensors: Sequence[Tensor], layout: Layout, link: Link) -> list[Tensor]:
     """Of tensors `[B, H, n, D]`, this rank's rows of all heads, `[B, H/ranks, N, D]`, all rows of its heads."""
     batch, heads, _, width = tensors[0].shape
     share = heads // link.ranks
     given = [torch.stack([x[:, at : at + share] for x in tensors]) for at in range(0, heads, share)]
     sizes = [(len(tensors), batch, share, sum(map(len, runs)), width) for runs in layout]
-    return list(whole_of(link.all_to_all("rows of heads", given, sizes), layout).unbind())
+    return list(whole_of(all_to_all(link, "rows of heads", given, sizes), layout).unbind())
 
 
 def to_rows(tensors: Sequence[Tensor], layout: Layout, link: Link) -> list[Tensor]:
     """The way back."""
     given = [torch.stack([shard_of(x, layout, rank) for x in tensors]) for rank in range(link.ranks)]
-    parts = link.all_to_all("heads of rows", given, [given[link.rank].shape] * link.ranks)
+    parts = all_to_all(link, "heads of rows", given, [given[link.rank].shape] * link.ranks)
     return list(torch.cat(parts, 2).unbind())
 
 
