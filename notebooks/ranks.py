@@ -83,7 +83,7 @@ def needs_two(run, there: int):
         raise NotMeasured("This needs two GPUs that a link joins: not measured on this device yet.")
 
 
-def sent_by_law(row) -> tuple[int, int]:
+def sent_by_law(row, branches=PAPER_SMALL) -> tuple[int, int]:
     """Bytes that the rank of a row sends in the forward and in the backward pass, by the law of its scheme."""
     shape, scheme = shape_of(row), row["variant"]
     layout = shards(shape.seq_len, row["ranks"], scheme != "dilated" and shape.causal)
@@ -92,7 +92,7 @@ def sent_by_law(row) -> tuple[int, int]:
     elif scheme == "ring":
         law = ring_sent(Place.of(layout, row["rank"], shape.causal))
     else:
-        shared = plan(tuple(x[0] for x in layout), row["rank"], shape.heads, PAPER_SMALL, "modulo", shape.causal)[1]
+        shared = plan(tuple(x[0] for x in layout), row["rank"], shape.heads, branches, "modulo", shape.causal)[1]
         law = branches_sent(shared)
     return tuple(sum(evaluate(nbytes, shape, Machine("cpu")) for nbytes in terms.values()) for terms in law.values())
 
