@@ -41,7 +41,7 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, place: Place, link: Link, kern
     q, own = in_rows(q), [k.contiguous(), v.contiguous()]
     for step, first, theirs in keys_and_values(own, place, link):
         if step == 0:
-            how: tuple = (q.shape[2],), (1,), place.causal, "modulo", kernel.name
+            how: tuple = (q.shape[2],), (1,), place.causal, "modulo", kernel.name * (q.shape[2] > 1)
             o, lse = place.widened(dilated_forward(q, *theirs, *how))
         elif theirs:
             merge(o[:, :, first:], lse[:, :, first:], *kernel.forward(q[:, :, first:], *theirs, False))
@@ -67,7 +67,7 @@ def ring_backward(
 
     for step, first, theirs in keys_and_values(own, place, link):
         if step == 0:  # while keys come, each half of its own rows by itself: dilated attention of one branch
-            how: tuple = (place.half,), (1,), place.causal, "modulo", kernel.name
+            how: tuple = (place.half,), (1,), place.causal, "modulo", kernel.name * (q.shape[2] > 1)
             grads = place.widened(dilated_backward(*mine[:2], *theirs, *mine[2:], *how))
         else:
             found = part_of(slice(first, None), theirs) if theirs else []
