@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -17,6 +18,9 @@ from report.skipping import plain
 
 HERE = Path(__file__).parent
 APPENDIX = "## Appendix: "  # the heading in a notebook from which on its text is printed behind all chapters
+ABSTRACT = """What does attention cost, in milliseconds and in bytes, and why exactly that much? Every figure here was measured on
+the device named below or follows from counts and its measured speeds, and every statement is executed: a *law* must hold on
+any machine, an *observation* is what this one showed."""
 OPTION = re.compile(r'^#\| *(\w+) *: *"?(.*?)"? *$', re.MULTILINE)  # of a cell, `#| key: "value"`
 
 
@@ -85,11 +89,24 @@ def markdown(notebooks: list[Path], folder: Path) -> str:
     return "\n\n".join([*texts, *(["# Appendix: tables and proofs"] if proofs else []), *proofs])
 
 
+def facts(folder: str, machine: Machine) -> dict[str, str]:
+    """What the title page says of where a report is from; of rows that no commit has, or without git, no commit."""
+    memory = f"{machine.memory_bytes / 2**30:.0f} GiB" if machine.memory_bytes else ""
+    told = {"Device": ", ".join(filter(None, (machine.name, memory))), "Measured": machine.date}
+    told["With"] = f"PyTorch {machine.torch}, Python {machine.python}"
+    rows = f"data/{folder}/[0-9]*.csv"  # not the claims, which are made of them
+    asked = ["git", "log", "-1", "--format=%h of %as", "--", rows]
+    with suppress(OSError):
+        told["Rows"] = subprocess.run(asked, cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
+    return {what: text for what, text in told.items() if text}
+
+
 def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared: list[str]):
     """build/<device>/report.html and report.pdf from the executed notebooks; both appear, or neither does.
 
     notices: of the first page, `(look, Markdown)` with look "broken" or "notice"; declared: labels that a text may
     refer to where nothing has them. Raises UserError if raw HTML, a formula or an unknown reference would be lost."""
+    import matplotlib
     import pypandoc
     import typst
 
@@ -99,7 +116,8 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
     (work / "report.md").write_text(markdown(sorted((out / "notebooks").glob("[0-9]*.ipynb")), work), "utf-8")
     about = {"title": "The cost of attention", "subtitle": "Measured, predicted, and explained", "lang": "en"}
     about |= {"device": machine.name, "date": machine.date, "declared": declared}
-    about |= {"versions": f"PyTorch {machine.torch}, Python {machine.python}"}
+    about |= {"versions": f"PyTorch {machine.torch}, Python {machine.python}", "abstract": ABSTRACT}
+    about |= {"facts": [{"what": what, "text": plain(text)} for what, text in facts(out.name, machine).items()]}
     about |= {"notices": [{"look": look, "text": text} for look, text in notices]}
     (work / "about.json").write_text(json.dumps(about), "utf-8")
     for to in ("html", "typst"):
@@ -114,7 +132,8 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
             said = done.stderr.split("stack traceback")[0]  # of the filter, which is of no use to a reader
             raise UserError(f"pandoc could not make the {to}: {' '.join(said.split())}")
     try:
-        typst.compile(work / "report.typst", output=work / "report.pdf", ignore_system_fonts=True)
+        fonts = [Path(matplotlib.get_data_path()) / "fonts" / "ttf"]  # of the text in figures
+        typst.compile(work / "report.typst", output=work / "report.pdf", ignore_system_fonts=True, font_paths=fonts)
     except RuntimeError as error:
         raise UserError(f"typst could not make the PDF: {' '.join(str(error).split())}") from error
     for name in ("report.html", "report.pdf"):

@@ -76,7 +76,50 @@ local second_pass = {
   end,
 }
 
+-- a report in PDF: what stays with what, where figures go, and how listings break
+local WIDEST, FEW, MANY = 112, 12, 40 -- letters of a listing's line; rows of a table that stays whole, and of a long one
+
+local function wrapped(text) -- long lines are broken between words, after a comma if one is near
+  local lines = {}
+  for line in (text .. "\n"):gmatch("(.-)\n") do
+    local indent = line:match("^%s*") .. "    "
+    while utf8.len(line) > WIDEST and #indent < WIDEST / 2 do
+      local head = line:sub(1, WIDEST)
+      local at = head:match("^.*, ()", WIDEST * 2 // 3) or head:match("^.*%S ()")
+      if not at or at <= #indent then break end
+      table.insert(lines, (line:sub(1, at - 2)))
+      line = indent .. line:sub(at)
+    end
+    table.insert(lines, line)
+  end
+  return table.concat(lines, "\n")
+end
+
+local function within(name, block) -- a function of template.typst
+  return pandoc.Blocks({pandoc.RawBlock("typst", "#" .. name .. "["), block, pandoc.RawBlock("typst", "]")})
+end
+
+local function placed(block, led) -- what a lead-in must not lose stays where it is, else it may float
+  if block.t == "Figure" then return led and {block} or within("floating", block) end
+  local rows = 0
+  for _, body in ipairs(block.bodies) do rows = rows + #body.body end
+  if rows > MANY or rows > FEW and led then return within("long", block) end
+  return rows > FEW and within("floating", block) or {block}
+end
+
+local function is_formula(block)
+  return block.t == "Para" and #block.content == 1 and block.content[1].mathtype == "DisplayMath"
+end
+
 local third_pass = { -- what template.typst calls by the same names, and style.css in HTML
+  Str = function(str) -- in tables and notices pandoc leaves apostrophes as they are
+    str.text = str.text:gsub("(%w)'(%w)", "%1’%2")
+    return str
+  end,
+  CodeBlock = function(code)
+    if not html then code.text = wrapped(code.text) end
+    return code
+  end,
   Div = function(div)
     for _, look in ipairs({"broken", "notice"}) do
       if not html and div.classes:includes(look) then
@@ -85,7 +128,39 @@ local third_pass = { -- what template.typst calls by the same names, and style.c
         return div.content
       end
     end
+    if not html and div.classes:includes("printed") then return div.content end
+  end,
+  Blocks = function(blocks)
+    if html then return nil end
+    local out, led = pandoc.Blocks({}), false
+    for at, block in ipairs(blocks) do
+      local after, said = blocks[at + 1], block.t == "Para" and pandoc.utils.stringify(block) or ""
+      local leads = said:match(":%s*$") or #said < 90
+      if block.t == "Figure" or block.t == "Table" then
+        out:extend(placed(block, led))
+      elseif block.t == "Para" and after and leads and not is_formula(block)
+        and (is_formula(after) or ({CodeBlock = 1, Figure = 1, Table = 1, BulletList = 1, OrderedList = 1})[after.t]) then
+        out:extend(within("lead", block))
+      else
+        out:insert(block)
+      end
+      led = block.t == "Para" and said:match(":%s*$") ~= nil
+    end
+    return out
   end,
 }
 
-return {before, first_pass, second_pass, third_pass}
+local appendix = { -- its sections belong to chapters that have numbers of their own
+  Pandoc = function(doc)
+    local inside = false
+    for _, block in ipairs(doc.blocks) do
+      if block.t == "Header" then
+        inside = inside or block.identifier:match("^appendix") ~= nil
+        if inside then block.classes:insert("unnumbered") end
+      end
+    end
+    return doc
+  end,
+}
+
+return {before, first_pass, second_pass, third_pass, appendix}
