@@ -1,10 +1,11 @@
 """Runs the notebooks on a device and turns them into build/<device>/report.html and report.pdf.
 
 `python -m report.build measure` runs everything on this machine, `replay --device nvidia-h200` rebuilds the report from
-committed data, `publish` does the same and keeps claims and figures. The Makefile's targets call it. The report is
+committed data, `publish` does the same and keeps claims, figures and report. The Makefile's targets call it. The report is
 always built: what is broken, stopped or not there stands on its first page, and decides the exit status."""
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import logging
@@ -124,9 +125,21 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
     return wrong, missing
 
 
+def digest(folder: str) -> str:
+    """The SHA-256 of all that a replayed report is made of: rows, notebooks, attnlib and report/."""
+    found, whole = [*(ROOT / "data").glob("*.csv")], hashlib.sha256()
+    for place in (f"data/{folder}", "data/published", "notebooks", "attnlib", "report"):
+        found += (ROOT / place).rglob("*")
+    for path in sorted(one for one in found if one.is_file() and one.suffix not in (".partial", ".draft", ".pyc")):
+        if ".ipynb_checkpoints" not in path.parts:
+            whole.update(f"{path.relative_to(ROOT)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
 def publish(folder: str):
-    """Keep what a replay made: claims.csv in data/<folder>/, and the SVGs in figures/<folder>/ in place of those that
-    were there. Each file is replaced by a whole one. Raises UserError if it can't be written."""
+    """Keep what a replay made: claims.csv in data/<folder>/, the SVGs in figures/<folder>/ in place of those that were
+    there, and both reports beside them, with the digest of what they are made of. Each file is replaced by a whole one.
+    Raises OSError if it can't be written."""
     made = sorted((ROOT / "build" / folder / "figures").glob("*.svg"))
     for path in made:
         write(ROOT / "figures" / folder / path.name, path.read_text("utf-8"))
@@ -134,7 +147,11 @@ def publish(folder: str):
         if path.name not in [one.name for one in made]:
             path.unlink()
     write(ROOT / "data" / folder / "claims.csv", (ROOT / "build" / folder / "claims.csv").read_text("utf-8"))
-    print(f"published: data/{folder}/claims.csv and {len(made)} figures in figures/{folder}/")
+    for name in ("report.html", "report.pdf"):
+        draft = shutil.copyfile(ROOT / "build" / folder / name, ROOT / "figures" / folder / f"{name}.partial")
+        os.replace(draft, draft.with_suffix(""))
+    write(ROOT / "figures" / folder / "digest.txt", f"{digest(folder)}\n")
+    print(f"published: data/{folder}/claims.csv; in figures/{folder}/ {len(made)} figures, report.html and report.pdf")
 
 
 def each_gpu() -> list[str]:

@@ -18,9 +18,9 @@ from report.skipping import plain
 
 HERE = Path(__file__).parent
 APPENDIX = "## Appendix: "  # the heading in a notebook from which on its text is printed behind all chapters
-ABSTRACT = """What does attention cost, in milliseconds and in bytes, and why exactly that much? Every figure here was measured on
-the device named below or follows from counts and its measured speeds, and every statement is executed: a *law* must hold on
-any machine, an *observation* is what this one showed."""
+ABSTRACT = """What does attention cost, in milliseconds and in bytes, and why exactly that much? It is predicted from
+counts and three measured speeds, then measured. Every statement is put to the test when the report is built: a *law*
+must hold on any machine, an *observation* is what this one showed."""
 OPTION = re.compile(r'^#\| *(\w+) *: *"?(.*?)"? *$', re.MULTILINE)  # of a cell, `#| key: "value"`
 
 
@@ -124,7 +124,7 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
         command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]
         command += [f"--template={HERE / f'template.{to}'}", f"--lua-filter={HERE / 'filter.lua'}"]
         command += ["--metadata-file=about.json", f"--resource-path=.:{HERE}", "--standalone", "--fail-if-warnings"]
-        command += ["--toc", "--toc-depth=2", "--number-sections"]
+        command += ["--toc", "--toc-depth=2", "--number-sections", "--wrap=none"]
         if to == "html":
             command += ["--mathml", "--embed-resources", f"--css={HERE / 'style.css'}"]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True)

@@ -78,6 +78,7 @@ local second_pass = {
 
 -- a report in PDF: what stays with what, where figures go, and how listings break
 local WIDEST, FEW, MANY = 112, 12, 40 -- letters of a listing's line; rows of a table that stays whole, and of a long one
+local SHORT, BRIEF, EARLY = 90, 160, 2500 -- letters: of a paragraph and a listing that lead on, of a chapter's first page
 
 local function wrapped(text) -- long lines are broken between words, after a comma if one is near
   local lines = {}
@@ -99,12 +100,18 @@ local function within(name, block) -- a function of template.typst
   return pandoc.Blocks({pandoc.RawBlock("typst", "#" .. name .. "["), block, pandoc.RawBlock("typst", "]")})
 end
 
-local function placed(block, led) -- what a lead-in must not lose stays where it is, else it may float
-  if block.t == "Figure" then return led and {block} or within("floating", block) end
+local function rows_of(block)
   local rows = 0
-  for _, body in ipairs(block.bodies) do rows = rows + #body.body end
+  for _, body in ipairs(block.bodies or {}) do rows = rows + #body.body end
+  return rows
+end
+
+local function placed(block, led, early) -- what a lead-in must not lose stays where it is, else it may float
+  local float = early and "sinking" or "floating" -- above a chapter's title there would be no place for it
+  if block.t == "Figure" then return led and {block} or within(float, block) end
+  local rows = rows_of(block)
   if rows > MANY or rows > FEW and led then return within("long", block) end
-  return rows > FEW and within("floating", block) or {block}
+  return rows > FEW and within(float, block) or {block}
 end
 
 local function is_formula(block)
@@ -130,24 +137,6 @@ local third_pass = { -- what template.typst calls by the same names, and style.c
     end
     if not html and div.classes:includes("printed") then return div.content end
   end,
-  Blocks = function(blocks)
-    if html then return nil end
-    local out, led = pandoc.Blocks({}), false
-    for at, block in ipairs(blocks) do
-      local after, said = blocks[at + 1], block.t == "Para" and pandoc.utils.stringify(block) or ""
-      local leads = said:match(":%s*$") or #said < 90
-      if block.t == "Figure" or block.t == "Table" then
-        out:extend(placed(block, led))
-      elseif block.t == "Para" and after and leads and not is_formula(block)
-        and (is_formula(after) or ({CodeBlock = 1, Figure = 1, Table = 1, BulletList = 1, OrderedList = 1})[after.t]) then
-        out:extend(within("lead", block))
-      else
-        out:insert(block)
-      end
-      led = block.t == "Para" and said:match(":%s*$") ~= nil
-    end
-    return out
-  end,
 }
 
 local appendix = { -- its sections belong to chapters that have numbers of their own
@@ -163,4 +152,30 @@ local appendix = { -- its sections belong to chapters that have numbers of their
   end,
 }
 
-return {before, first_pass, second_pass, third_pass, appendix}
+local placing = {
+  Pandoc = function(doc)
+    if html then return nil end
+    local out, led, letters = pandoc.Blocks({}), false, 0 -- letters: of the chapter so far
+    for at, block in ipairs(doc.blocks) do
+      local after, said = doc.blocks[at + 1] or {}, block.t == "Para" and pandoc.utils.stringify(block) or ""
+      local shown = after.t == "Figure" or after.t == "Table" or after.t == "CodeBlock"
+      local brief = led and block.t == "CodeBlock" and #block.text < BRIEF and shown
+      if block.t == "Header" and block.level == 1 then letters = 0 end
+      if block.t == "Figure" or block.t == "Table" then
+        out:extend(placed(block, led, letters < EARLY))
+      elseif brief or said ~= "" and not is_formula(block) and (is_formula(after) and #said < SHORT
+        or shown and (said:match(":%s*$") or #said < SHORT)
+        or said:match(":%s*$") and (is_formula(after) or after.t == "BulletList" or after.t == "OrderedList")) then
+        out:extend(within("lead", block))
+      else
+        out:insert(block)
+      end
+      led = block.t == "Para" and said:match(":%s*$") ~= nil or brief
+      letters = letters + #pandoc.utils.stringify(block) + 80 * rows_of(block) + #(block.text or "")
+    end
+    doc.blocks = out
+    return doc
+  end,
+}
+
+return {before, first_pass, second_pass, third_pass, appendix, placing}
