@@ -1,8 +1,8 @@
 """Runs the notebooks on a device and turns them into build/<device>/report.html and report.pdf.
 
 `python -m report.build measure` runs everything on this machine, `replay --device nvidia-h200` rebuilds the report from
-committed data, `publish` does the same and keeps claims, figures and report. The Makefile's targets call it. The report is
-always built: what is broken, stopped or not there stands on its first page, and decides the exit status."""
+committed data, `publish` does the same and keeps claims, figures and report. The Makefile's targets call it. The report
+is always built: what is broken, stopped or not there stands on its first page, and decides the exit status."""
 
 import argparse
 import hashlib
