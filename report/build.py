@@ -125,7 +125,7 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
     return wrong, missing
 
 
-def digest(folder: str) -> str:
+def fingerprint(folder: str) -> str:
     """The SHA-256 of all that a replayed report is made of: rows, notebooks, attnlib and report/."""
     found, whole = [*(ROOT / "data").glob("*.csv")], hashlib.sha256()
     for place in (f"data/{folder}", "data/published", "notebooks", "attnlib", "report"):
@@ -150,7 +150,7 @@ def publish(folder: str):
     for name in ("report.html", "report.pdf"):
         draft = shutil.copyfile(ROOT / "build" / folder / name, ROOT / "figures" / folder / f"{name}.partial")
         os.replace(draft, draft.with_suffix(""))
-    write(ROOT / "figures" / folder / "digest.txt", f"{digest(folder)}\n")
+    write(ROOT / "figures" / folder / "digest.txt", f"{fingerprint(folder)}\n")
     print(f"published: data/{folder}/claims.csv; in figures/{folder}/ {len(made)} figures, report.html and report.pdf")
 
 

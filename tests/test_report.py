@@ -235,7 +235,7 @@ def test_publish_keeps_claims_figures_and_report_of_a_replay_and_nothing_else(co
     assert after[claims] == (copy / "build" / "nvidia-h200" / "claims.csv").read_bytes() != before[claims]
     figures = {name: text for name, text in after.items() if name.startswith("figures/")}
     kept = {f"0{n}_new.svg": f"<svg>0{n}</svg>" for n in (0, 1, 2, 3, 4, 5, 7)}
-    kept |= {"report.html": "whole", "report.pdf": "whole", "digest.txt": f"{building.digest('nvidia-h200')}\n"}
+    kept |= {"report.html": "whole", "report.pdf": "whole", "digest.txt": f"{building.fingerprint('nvidia-h200')}\n"}
     assert figures == {f"figures/nvidia-h200/{name}": text.encode() for name, text in kept.items()}
     rest = {name for name in before if not name.startswith("figures/")} - {claims}
     assert {*after} == {*rest, claims, *figures} and all(after[name] == before[name] for name in rest)
@@ -247,19 +247,19 @@ def test_publish_keeps_claims_figures_and_report_of_a_replay_and_nothing_else(co
     + ["notebooks/new.py", "notebooks/01_naive_sweep.ipynb", "attnlib/dilated/law.py", "report/filter.lua"],
 )
 def test_a_digest_is_of_data_notebooks_and_code(copy, name):
-    before = building.digest("nvidia-h200")
+    before = building.fingerprint("nvidia-h200")
     with open(copy / name, "a") as file:
         file.write("\n")
-    assert building.digest("nvidia-h200") != before
+    assert building.fingerprint("nvidia-h200") != before
 
 
 def test_a_digest_is_not_of_what_git_ignores_or_of_another_device(copy):
-    before = building.digest("nvidia-h200")
+    before = building.fingerprint("nvidia-h200")
     names = ("data/another/01_new.csv", "data/nvidia-h200/01_new.csv.partial", "build/new.csv", "figures/new.svg")
     for name in (*names, "notebooks/.ipynb_checkpoints/new.ipynb", "report/__pycache__/new.pyc"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text("new")
-    assert building.digest("nvidia-h200") == before
+    assert building.fingerprint("nvidia-h200") == before
 
 
 @pytest.mark.ci
@@ -270,7 +270,7 @@ def test_published_reports_are_current_and_small_enough_for_the_web(device):
     assert all(f"(figures/{device}/{path.name})" in readme for path in paths)
     if not any(path.exists() for path in (*paths, folder / "digest.txt")):
         pytest.skip(f"no report of {device} is published yet: make publish DEVICE={device}")
-    stale = (folder / "digest.txt").read_text().strip() != building.digest(device)
+    stale = (folder / "digest.txt").read_text().strip() != building.fingerprint(device)
     assert not stale, f"data, notebooks or code have changed since: run `make publish DEVICE={device}`"
     assert all(0 < path.stat().st_size <= 5e6 for path in paths)
 
