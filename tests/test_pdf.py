@@ -39,6 +39,7 @@ def drawing() -> str:
     """A figure as the notebooks draw it."""
     plots.style()
     figure, axes = plots.panels(["forward", "backward"], xs=[1024, 4096], ylabel="written as text")
+    figure.set_figheight(3.9)  # with its caption it is half a page
     for ax in axes:
         plots.line(ax, [1024, 4096], [1, 16], "#0173b2", "naive")
     text = io.StringIO()
@@ -47,7 +48,7 @@ def drawing() -> str:
     return text.getvalue()
 
 
-LISTING = "\n".join([f"first_{{0}} = {WORDS.split()!r}[{{0}}]", *["x = 1"] * 14, "last_{0} = 1"])
+LISTING = "\n".join([f"first_{{0}} = {WORDS.split()!r}[{{0}}]", *["x = 1"] * 18, "last_{0} = 1"])
 
 
 def chapters() -> dict[str, nbformat.NotebookNode]:
