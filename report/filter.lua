@@ -127,6 +127,12 @@ local third_pass = { -- what template.typst calls by the same names, and style.c
     if not html then code.text = wrapped(code.text) end
     return code
   end,
+  Para = function(para) -- a formula at the end of a paragraph is a block of its own, which a lead-in can stay with
+    local last = para.content[#para.content]
+    if html or #para.content < 2 or last.mathtype ~= "DisplayMath" then return nil end
+    para.content:remove()
+    return {para, pandoc.Para({last})}
+  end,
   Div = function(div)
     for _, look in ipairs({"broken", "notice"}) do
       if not html and div.classes:includes(look) then

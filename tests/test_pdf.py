@@ -65,7 +65,8 @@ def chapters() -> dict[str, nbformat.NotebookNode]:
             mine += [code("show(it)" * (at % 2), shown, label=f"tbl-{number}", caption=f"Words c{number}.")]
             mine += [nbformat.v4.new_markdown_cell(f"{WORDS * (at % 4)}\n\nLead to l{number}:")]
             mine += [code(LISTING.format(number))]
-            told = f"The card's clock, of @fig-{number}.\n\nform{number}\n\n$$a_{{{number}}} = b$$"
+            breaks = "\n\n" if at % 2 else " "
+            told = f"The card's clock, of @fig-{number}.\n\nform{number}:{breaks}$$a_{{{number}}} = b$$"
             mine += [code("", {"image/svg+xml": figure}, label=f"fig-{number}", caption=f"A figure's f{number}.")]
             mine += [code("", {"text/markdown": told})]
         mine += [nbformat.v4.new_markdown_cell(f"## Appendix: what proves {chapter}\n\n{WORDS * 4}")]
@@ -147,15 +148,15 @@ def test_nothing_is_severed(texts, number):
     assert WORDS.split()[0] in texts[heading].split(f"Section s{number}\n")[1]
     listing = [pages_with(texts, f"{word}_{number} =") for word in ("first", "last")]
     assert listing[0] == listing[1] == pages_with(texts, f"Lead to l{number}:")
-    (label,) = pages_with(texts, f"form{number}")
-    assert str(number) in texts[label].split(f"form{number}\n")[1]
+    (label,) = pages_with(texts, f"form{number}:")
+    assert str(number) in texts[label].split(f"form{number}:\n")[1]
 
 
 def test_figures_float_in_order_with_their_captions(texts):
     numbers = [100 * chapter + at for chapter in (1, 2) for at in range(12)]
     places = [(at, text.index(f"f{n}.")) for n in numbers for at, text in enumerate(texts) if f"figure’s f{n}." in text]
     assert len(places) == len(numbers) and places == sorted(places)
-    said = [at for n in numbers for at, text in enumerate(texts) if at > 1 and f"form{n}\n" in text]
+    said = [at for n in numbers for at, text in enumerate(texts) if at > 1 and f"form{n}:\n" in text]
     assert all(abs(at - page) <= 2 for (at, _), page in zip(places, said, strict=True)), "close to their text"
 
 
