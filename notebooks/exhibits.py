@@ -128,7 +128,7 @@ def crossed_over(rows: pd.DataFrame, device: str):
     return figure
 
 
-def rates(rows: pd.DataFrame, product_tflop_s: float, title: str):
+def rates_drawn(rows: pd.DataFrame, product_tflop_s: float, title: str):
     """`forward_tflop_s` and `backward_tflop_s` against N, a row of panels each, without and with a mask."""
     masks, columns = [part for _, part in rows.groupby("causal")], [f"{phase}_tflop_s" for phase in PHASES]
     look = {"figsize": (plots.WIDTH, 4.2), "sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}

@@ -1,7 +1,5 @@
 """The pictures of chapter 1: a sweep against its predictions, a profile against its ceilings."""
 
-from collections.abc import Mapping
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,35 +13,13 @@ PAIRED = 0.02  # lines closer than this are drawn one around the other, so that 
 BEYOND = 1.5  # a share of a ceiling above which the prediction counts what was not done
 
 
-def spread(places: list[float], gap: float) -> list[float]:
-    """`places`, sorted upwards, moved as little as it takes to keep `gap` between neighbours."""
-    moved = np.array(places, float)
-    for _ in range(200):
-        for low, high in zip(range(len(moved) - 1), range(1, len(moved)), strict=True):
-            lacking = max(0.0, gap - (moved[high] - moved[low])) / 2
-            moved[low], moved[high] = moved[low] - lacking, moved[high] + lacking
-    return [*moved]
-
-
-def named(ax, ends: Mapping[str, float], words: Mapping[str, str]):
-    """Write each line's words, in its colour, to the right of the axes at the height where it ends."""
-    ax.figure.canvas.draw()  # limits and scale are settled only then
-    transform = ax.transData + ax.transAxes.inverted()
-    at = sorted((transform.transform((1, y))[1], name) for name, y in ends.items())
-    lines = [words[name].count("\n") + 1 for _, name in at]
-    heights = spread([height for height, _ in at], 0.085 * max(lines, default=1))
-    for height, (_, name) in zip(heights, at, strict=True):
-        own = plots.colour(name)
-        ax.text(1.03, height, words[name], transform=ax.transAxes, color=own, fontsize=7.5, va="center")
-
-
-def curve(ax, rows: pd.DataFrame, seen: str, law: str, phases: tuple[str, ...]) -> dict[str, float]:
+def curve(ax, rows: pd.DataFrame, seen: str, law: str, phases: tuple[str, ...]) -> dict[str, tuple]:
     """A line of dots for each variant, its prediction dashed, a cross at the prediction where it ran out of memory in
-    one of `phases`; the last height of each. Lines that coincide are drawn one inside the other."""
+    one of `phases`; the end of each, as plots.name_ends takes it. Lines that coincide lie one inside the other."""
     groups = {name: group.sort_values("seq_len") for name, group in rows.groupby("variant", sort=False)}
-    ends = {name: group[law].iloc[-1] for name, group in groups.items()}
+    ends = {name: (*group[["seq_len", law]].iloc[-1], plots.colour(name)) for name, group in groups.items()}
     for place, (name, group) in enumerate(groups.items()):
-        inside = sum(abs(ends[other] / ends[name] - 1) < PAIRED for other in [*groups][place + 1 :])
+        inside = sum(abs(ends[other][1] / ends[name][1] - 1) < PAIRED for other in [*groups][place + 1 :])
         own = plots.colour(name)
         look = {"color": own, "lw": 1 + 2.5 * inside, "ms": 3 + 2.5 * inside}
         ax.plot(group["seq_len"], group[seen], "o-", **look)
@@ -67,7 +43,7 @@ def against_floors(rows: pd.DataFrame, machine):
     axes[1].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes[1].yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "235" else "")
     axes[1].set_ylabel("ps per pair")
-    named(axes[1], ends, {name: name for name in ends})
+    plots.name_ends(axes[1], ends)
     figure.suptitle(machine.name, fontsize=9)
     return figure
 
@@ -84,7 +60,8 @@ def in_matrices(rows: pd.DataFrame, machine):
         ends = curve(ax, drawn, "seen", "law", lost)
     longest = rows[rows["seq_len"] == rows["seq_len"].max()].set_index("variant")["backward_peak_law_bytes"]
     axes[0].set_ylim(bottom=-0.2)
-    named(axes[1], ends, {name: f"{name}\n{ends[name]:.1f} ({size(longest[name])})" for name in ends})
+    told = {f"{name}\n{end[1]:.1f} ({size(longest[name])})": end for name, end in ends.items()}
+    plots.name_ends(axes[1], told, gap=0.17, near=0)
     figure.suptitle(machine.name, fontsize=9)
     return figure
 

@@ -24,6 +24,7 @@ from attnlib.core import Machine, UserError
 from attnlib.timing.machine import describe, resolve
 from attnlib.timing.worker import Worker, WorkerDied
 from report import stored
+from report.calculator import laws_in_javascript
 from report.chapters import Once, execute, own_kernel
 from report.export import cell_of, export, heading, labels
 from report.run import CLAIMS, PROFILES, profile
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 EXPECTED_MINUTES = {("cuda", "full"): 20, ("cuda", "quick"): 5, ("cpu", "full"): 19, ("cpu", "quick"): 4}
 TIMED_ON = {"cuda": "an H200", "cpu": "two CPU cores"}  # what these minutes are of
+GENERATED = {".partial", ".draft", ".pyc", ".ipynb_checkpoints"}  # files and folders that git ignores
 
 
 def claims_of(out: Path) -> tuple[list[dict], list[str]]:
@@ -117,7 +119,7 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
         print(f"measured, not exported: this Python lacks {', '.join(lacking)}; elsewhere: make replay DEVICE={folder}")
         return wrong, missing
     try:
-        export(out, machine, notices, labels(NOTEBOOKS))
+        export(out, machine, notices, labels(NOTEBOOKS), laws_in_javascript(machine))
         for name in ("report.html", "report.pdf"):
             print((out / name).relative_to(ROOT))
     except UserError as error:
@@ -127,30 +129,25 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
 
 def fingerprint(folder: str) -> str:
     """The SHA-256 of all that a replayed report is made of: rows, notebooks, attnlib and report/."""
-    found, whole = [*(ROOT / "data").glob("*.csv")], hashlib.sha256()
+    found = [*(ROOT / "data").glob("*.csv")]
     for place in (f"data/{folder}", "data/published", "notebooks", "attnlib", "report"):
-        found += (ROOT / place).rglob("*")
-    for path in sorted(one for one in found if one.is_file() and one.suffix not in (".partial", ".draft", ".pyc")):
-        if ".ipynb_checkpoints" not in path.parts:
-            whole.update(f"{path.relative_to(ROOT)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return whole.hexdigest()
+        found += [path for path in (ROOT / place).rglob("*.*") if path.is_file()]
+    ours = [path for path in sorted(found) if not {path.suffix, path.parent.name} & GENERATED]
+    return hashlib.sha256(b"".join(str(p.relative_to(ROOT)).encode() + p.read_bytes() for p in ours)).hexdigest()
 
 
 def publish(folder: str):
-    """Keep what a replay made: claims.csv in data/<folder>/, the SVGs in figures/<folder>/ in place of those that were
-    there, and both reports beside them, with the digest of what they are made of. Each file is replaced by a whole one.
-    Raises OSError if it can't be written."""
-    made = sorted((ROOT / "build" / folder / "figures").glob("*.svg"))
+    """Keep what a replay made: claims.csv in data/<folder>/; in figures/<folder>/ the SVGs, in place of those that were
+    there, the reports, and the digest of what they are made of. Each file is replaced by a whole one, or OSError."""
+    made, kept = sorted((ROOT / "build" / folder / "figures").glob("*.svg")), ROOT / "figures" / folder
     for path in made:
-        write(ROOT / "figures" / folder / path.name, path.read_text("utf-8"))
-    for path in (ROOT / "figures" / folder).glob("*.svg"):
-        if path.name not in [one.name for one in made]:
-            path.unlink()
+        write(kept / path.name, path.read_text("utf-8"))
+    for name in {path.name for path in kept.glob("*.svg")} - {path.name for path in made}:
+        (kept / name).unlink()
     write(ROOT / "data" / folder / "claims.csv", (ROOT / "build" / folder / "claims.csv").read_text("utf-8"))
     for name in ("report.html", "report.pdf"):
-        draft = shutil.copyfile(ROOT / "build" / folder / name, ROOT / "figures" / folder / f"{name}.partial")
-        os.replace(draft, draft.with_suffix(""))
-    write(ROOT / "figures" / folder / "digest.txt", f"{fingerprint(folder)}\n")
+        os.replace(shutil.copyfile(ROOT / "build" / folder / name, kept / f"{name}.partial"), kept / name)
+    write(kept / "digest.txt", f"{fingerprint(folder)}\n")
     print(f"published: data/{folder}/claims.csv; in figures/{folder}/ {len(made)} figures, report.html and report.pdf")
 
 

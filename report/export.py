@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -14,13 +13,11 @@ from nbconvert.exporters import MarkdownExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, Preprocessor, TagRemovePreprocessor
 
 from attnlib.core import Machine, UserError
+from report.dark import with_dark_version
 from report.skipping import plain
 
 HERE = Path(__file__).parent
 APPENDIX = "## Appendix: "  # the heading in a notebook from which on its text is printed behind all chapters
-ABSTRACT = """What does attention cost, in milliseconds and in bytes, and why exactly that much? It is predicted from
-counts and three measured speeds, then measured. Every statement is put to the test when the report is built: a *law*
-must hold on any machine, an *observation* is what this one showed."""
 OPTION = re.compile(r'^#\| *(\w+) *: *"?(.*?)"? *$', re.MULTILINE)  # of a cell, `#| key: "value"`
 
 
@@ -91,21 +88,17 @@ def markdown(notebooks: list[Path], folder: Path) -> str:
 
 def facts(folder: str, machine: Machine) -> dict[str, str]:
     """What the title page says of where a report is from; of rows that no commit has, or without git, no commit."""
-    memory = f"{machine.memory_bytes / 2**30:.0f} GiB" if machine.memory_bytes else ""
-    told = {"Device": ", ".join(filter(None, (machine.name, memory))), "Measured": machine.date}
-    told["With"] = f"PyTorch {machine.torch}, Python {machine.python}"
-    rows = f"data/{folder}/[0-9]*.csv"  # not the claims, which are made of them
-    asked = ["git", "log", "-1", "--format=%h of %as", "--", rows]
-    with suppress(OSError):
-        told["Rows"] = subprocess.run(asked, cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
-    return {what: text for what, text in told.items() if text}
+    git = ["git", "log", "-1", "--format=%h of %as", "--", f"data/{folder}/[0-9]*.csv"]  # the claims are made of them
+    told = shutil.which("git") and subprocess.run(git, cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
+    return {"Device": machine.name, "Measured": machine.date} | ({"Rows": told} if told else {})
 
 
-def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared: list[str]):
+def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared: list[str], laws: str = ""):
     """build/<device>/report.html and report.pdf from the executed notebooks; both appear, or neither does.
 
     notices: of the first page, `(look, Markdown)` with look "broken" or "notice"; declared: labels that a text may
-    refer to where nothing has them. Raises UserError if raw HTML, a formula or an unknown reference would be lost."""
+    refer to where nothing has them; laws: the script that a calculator asks, from report/calculator.py. Raises
+    UserError if raw HTML, a formula or an unknown reference would be lost."""
     import matplotlib
     import pypandoc
     import typst
@@ -114,17 +107,21 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     (work / "report.md").write_text(markdown(sorted((out / "notebooks").glob("[0-9]*.ipynb")), work), "utf-8")
+    (work / "laws.js").write_text(laws, "utf-8")
+    (work / "html").mkdir()
+    for figure in work.glob("*.svg"):
+        (work / "html" / figure.name).write_text(with_dark_version(figure.read_text("utf-8")), "utf-8")
     about = {"title": "The cost of attention", "subtitle": "Measured, predicted, and explained", "lang": "en"}
     about |= {"device": machine.name, "date": machine.date, "declared": declared}
-    about |= {"versions": f"PyTorch {machine.torch}, Python {machine.python}", "abstract": ABSTRACT}
+    about |= {"versions": f"PyTorch {machine.torch}, Python {machine.python}"}
     about |= {"facts": [{"what": what, "text": plain(text)} for what, text in facts(out.name, machine).items()]}
     about |= {"notices": [{"look": look, "text": text} for look, text in notices]}
     (work / "about.json").write_text(json.dumps(about), "utf-8")
     for to in ("html", "typst"):
         command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]
         command += [f"--template={HERE / f'template.{to}'}", f"--lua-filter={HERE / 'filter.lua'}"]
-        command += ["--metadata-file=about.json", f"--resource-path=.:{HERE}", "--standalone", "--fail-if-warnings"]
-        command += ["--toc", "--toc-depth=2", "--number-sections", "--wrap=none"]
+        command += ["--metadata-file=about.json", "--standalone", "--fail-if-warnings", "--wrap=none", "--toc"]
+        command += ["--toc-depth=2", "--number-sections", f"--resource-path={'html:' * (to == 'html')}.:{HERE}"]
         if to == "html":
             command += ["--mathml", "--embed-resources", f"--css={HERE / 'style.css'}"]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True)

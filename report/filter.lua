@@ -21,6 +21,26 @@ local function number(id, caption)
   return caption
 end
 
+local function each_cell(tbl, what)
+  local sections = {tbl.head.rows}
+  for _, body in ipairs(tbl.bodies) do table.insert(sections, body.body) end
+  for _, rows in ipairs(sections) do
+    for _, row in ipairs(rows) do
+      for _, cell in ipairs(row.cells) do what(cell) end
+    end
+  end
+end
+
+local function boxed(tbl) -- in HTML a wide table scrolls in a box, outside of which its caption stands
+  if not html then return tbl end
+  each_cell(tbl, function(cell) -- of words, which may have several lines
+    if utf8.len(pandoc.utils.stringify(cell.contents)) > 24 then cell.classes:insert("long") end
+  end)
+  local caption, attr = tbl.caption, pandoc.Attr(tbl.identifier, {"table"})
+  tbl.caption, tbl.attr = {long = {}}, pandoc.Attr()
+  return pandoc.Figure({pandoc.Div({tbl}, pandoc.Attr("", {"wide"}))}, caption, attr)
+end
+
 local function table_of(div)
   local caption, raw = div.content[1], div.content[2]
   local doc = pandoc.read(raw.text:gsub("<style.-</style>", ""), "html+tex_math_dollars")
@@ -29,15 +49,9 @@ local function table_of(div)
   if not tbl then error("no table in " .. div.identifier) end
   tbl.attr = pandoc.Attr(div.identifier)
   tbl.caption = number(div.identifier, {long = pandoc.Blocks({pandoc.Plain(caption.content)})})
-  local sections = {tbl.head.rows}
-  for _, body in ipairs(tbl.bodies) do table.insert(sections, body.body) end
-  for _, rows in ipairs(sections) do
-    for _, row in ipairs(rows) do
-      for _, cell in ipairs(row.cells) do cell.attr, cell.alignment = pandoc.Attr(), pandoc.AlignDefault end
-    end
-  end
+  each_cell(tbl, function(cell) cell.attr, cell.alignment = pandoc.Attr(), pandoc.AlignDefault end)
   for i = 1, #tbl.colspecs do tbl.colspecs[i] = {i == 1 and pandoc.AlignLeft or pandoc.AlignRight, nil} end
-  return html and pandoc.Div({tbl}, pandoc.Attr("", {"wide"})) or tbl
+  return boxed(tbl)
 end
 
 local before = {
@@ -50,16 +64,22 @@ local first_pass = {
   traverse = "topdown",
   Div = function(div)
     if div.classes:includes("table") then return table_of(div), false end
+    if div.classes:includes("calculator") and html then -- what stands in it is for print, and for readers without script
+      local scripts = '<script src="laws.js"></script><script src="calculator.js"></script>'
+      return {div, pandoc.RawBlock("html", scripts)}, false
+    end
     if div.classes:includes("folded") then
       if not html then return {}, false end
       return {pandoc.RawBlock("html", "<details><summary>code</summary>"), div.content[1],
               pandoc.RawBlock("html", "</details>")}, false
     end
   end,
+  Table = function(tbl) return boxed(tbl), false end,
   Figure = function(figure)
     local image
     figure:walk({Image = function(i) image = i end})
     figure.caption = number(figure.identifier, figure.caption)
+    if html then figure.content = {pandoc.Div(figure.content, pandoc.Attr("", {"wide"}))} end
     return figure, false
   end,
   RawBlock = function(raw) error("raw " .. raw.format .. " would be lost: " .. raw.text:sub(1, 60)) end,
@@ -132,6 +152,9 @@ local third_pass = { -- what template.typst calls by the same names, and style.c
     if html or #para.content < 2 or last.mathtype ~= "DisplayMath" then return nil end
     para.content:remove()
     return {para, pandoc.Para({last})}
+  end,
+  Math = function(math) -- a wide formula scrolls in a box of its own
+    if html and math.mathtype == "DisplayMath" then return pandoc.Span({math}, pandoc.Attr("", {"wide", "formula"})) end
   end,
   Div = function(div)
     for _, look in ipairs({"broken", "notice"}) do

@@ -41,9 +41,9 @@ def alter(path: Path, change) -> None:
 def test_the_numbers_are_the_chapters_own(device):
     run = opened(device)
     every = overview.all_kinds(run)
-    numbers, n, dtype = overview.as_numbers(every, run.machine), overview.common_length(every), every["dtype"].iloc[0]
-    measured = pd.read_csv(ROOT / "data" / device / "03_memory.csv").query("seq_len == @n and status == 'ok'")
-    measured = measured.set_index("variant")
+    numbers, dtype = overview.as_numbers(every, run.machine), every["dtype"].iloc[0]
+    here = f"seq_len == {overview.common_length(every)} and status == 'ok'"
+    measured = pd.read_csv(ROOT / "data" / device / "03_memory.csv").query(here).set_index("variant")
     assert {"naive", "dilated"} < {*numbers["variant"]} and len(numbers) == len(
         measured.drop("tiled", errors="ignore")
     ) + 1
@@ -55,7 +55,7 @@ def test_the_numbers_are_the_chapters_own(device):
         shapes = (Shape(1, overview.HEADS, row.longest + more, 64, dtype) for more in (0, 1))
         fits = [bytes_needed(one, shape, run.machine) <= run.machine.memory_bytes for shape in shapes]
         assert fits == [True, False]
-    dilated = pd.read_csv(ROOT / "data" / device / "04_memory.csv").query("seq_len == @n").iloc[-1]
+    dilated = pd.read_csv(ROOT / "data" / device / "04_memory.csv").query(here).iloc[-1]
     ours = numbers.set_index("variant").loc["dilated"]
     assert ours["ms"] * dilated["heads"] == pytest.approx(dilated["forward_backward_ms"] * overview.HEADS)
 

@@ -16,7 +16,6 @@ CONSTANTS = {
     "20 MiB": "a page of its expandable pool",
     "32 MiB": "cuBLAS's workspace on Hopper",
     "8 GiB": "what a process is given where frontiers are searched",
-    "64 MiB": "of a tensor's kept rows: the most that dilated attention packs",
     "0.1 ms": "from which on a pass is compared",
     "8 bytes": "of a position, an integer of PyTorch's",
 }

@@ -149,7 +149,7 @@ def executed(copy, monkeypatch):
         nbformat.write(nbformat.v4.new_notebook(), target)
         return found if isinstance(found, str) else None
 
-    def export(out, machine, notices, declared):
+    def export(out, machine, notices, declared, laws):
         given.notices, given.declared = notices, declared
         for name in ("report.html", "report.pdf"):
             (out / name).write_text("whole")

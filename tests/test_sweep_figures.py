@@ -1,4 +1,4 @@
-"""The pictures of chapter 1: exponents of exact powers, labels that keep their distance, predictions beside rows."""
+"""The pictures of chapter 1: exponents of exact powers, predictions beside rows."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,12 +24,6 @@ def test_the_exponent_of_a_power_is_its_own():
     assert found["phase"].tolist() == ["forward"] * 2 and found["regime"].tolist() == ["b-bound", "c-bound"]
 
 
-def test_labels_keep_their_distance_and_order():
-    assert sweep_figures.spread([0.1, 0.5, 0.9], 0.2) == [0.1, 0.5, 0.9]
-    moved = sweep_figures.spread([0.3, 0.3, 0.31, 0.8], 0.1)
-    assert np.diff(moved).min() >= 0.1 - 1e-6 and np.mean(moved[:3]) == pytest.approx(0.91 / 3)
-
-
 @pytest.mark.parametrize("device", ["nvidia-h200", "intel-r-xeon-r-processor"])
 def test_every_point_and_every_loss_is_in_the_pictures(device):
     """Each measured figure is a dot; where memory ran out there is a cross, at what was predicted."""
@@ -46,5 +40,6 @@ def test_every_point_and_every_loss_is_in_the_pictures(device):
         dots = [np.isfinite(line.get_ydata()).sum() for line in drawn if line.get_marker() == "o"]
         crosses = [len(line.get_ydata()) for line in drawn if line.get_marker() == "x"]
         assert sum(dots) == rows[seen].notna().sum() and sum(crosses) == lost
-        assert {text.get_text().split("\n")[0] for text in figure.axes[-1].texts} == {*rows["variant"]}
+        told = [text.get_text().split("\n")[0] for text in figure.axes[-1].texts]
+        assert {*", ".join(told).split(", ")} == {*rows["variant"]}
         plt.close(figure)

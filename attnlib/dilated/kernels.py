@@ -57,7 +57,7 @@ def flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: 
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
-    if q.shape[2] == 1:  # cuDNN refuses a single row
+    if 1 in (q.shape[2], k.shape[2]):  # cuDNN refuses a single row
         return flash_forward(q, k, v, causal)
     # what torch's fused call comes to in the end
     o, lse = aten._cudnn_attention_forward(q, k, v, None, None, None, q.shape[2], k.shape[2], True, 0.0, causal)[:2]
@@ -65,7 +65,7 @@ def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
 
 
 def cudnn_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool) -> Tensors:
-    if q.shape[2] == 1:
+    if 1 in (q.shape[2], k.shape[2]):
         return flash_backward(do, q, k, v, o, lse, causal)
     saved, lengths = (q, k, v, o, lse.contiguous().unsqueeze(-1)), (None, None, q.shape[2], k.shape[2])
     seed = offset = lse  # never asked either

@@ -43,7 +43,7 @@ def merge(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 def merge_plainly(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """`merge` by PyTorch's own operations."""
     weight = torch.sigmoid(part_lse - lse)
-    o.lerp_(part, weight.to(o.dtype).unsqueeze(-1))  # nothing is rounded where both are equal
+    o.lerp_(part.to(o.dtype), weight.to(o.dtype).unsqueeze(-1))  # nothing is rounded where both are equal
     torch.logaddexp(lse, part_lse, out=lse)
 
 

@@ -75,8 +75,9 @@ _SCORES_EXP = {"scores": SCORES32, "exp": SCORES32}
 _RESULT = {"weights": SCORES, "output": LINEAR}
 _GRADIENTS = {"output": LINEAR, "upstream gradient": LINEAR, "dv": LINEAR}
 _LAST_PRODUCT = {"gradient of the scores": SCORES, **_GRADIENTS, "dq": LINEAR, "dk": LINEAR}
-_EXP_BACKWARD = {"exp": SCORES32, "gradient of the weights": SCORES32, "gradient of exp": SCORES32}
-_SUM_BACKWARD = {"three steps of the gradient of the row sums": 3 * SCORES32}
+# exp / sums: autograd takes the gradient of the sums first, as -dP * ((exp / sums) / sums)
+_EXP_BACKWARD = {"exp": SCORES32, "gradient of the weights": SCORES32}
+_SUM_BACKWARD = {"four steps of the gradient of the row sums": 4 * SCORES32}
 
 NAIVE_CUSTOM_LAW = Law(
     saved={"exp": SCORES32, **_RESULT, **_PER_ROW},

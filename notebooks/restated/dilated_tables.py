@@ -36,7 +36,7 @@ def published_points(dtype: str, longest: int, make: Callable[..., Variant]) -> 
     return [(make(*config), shape) for config, shape in zip(rows[CONFIG].to_numpy(), shapes, strict=True)]
 
 
-def exponents(rows: pd.DataFrame, column: str, axis: str) -> list[float]:
+def growths(rows: pd.DataFrame, column: str, axis: str) -> list[float]:
     """The local exponents of `column` in `axis`, from each of the sorted rows to the next."""
     return [float(one) for one in np.diff(np.log(rows[column])) / np.diff(np.log(rows[axis]))]
 
@@ -47,7 +47,7 @@ def along(both: pd.DataFrame, name: str, axis: str):
     frame = pd.DataFrame({axis: rows[axis]})
     for which, after in (("ours", ""), ("theirs", ", 004")):
         ms = rows[f"forward_ms_{which}"].tolist()
-        slopes = [f"{one:.2f}" for one in exponents(rows, f"forward_ms_{which}", axis)]
+        slopes = [f"{one:.2f}" for one in growths(rows, f"forward_ms_{which}", axis)]
         frame[f"ms{after}"] = [digits(t) for t in ms]
         frame[f"factor{after}"] = [f"{t / ms[0]:.1f}" for t in ms]
         frame[f"exponent{after}"] = [NO_FIGURE, *slopes]

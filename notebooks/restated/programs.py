@@ -34,7 +34,7 @@ def by_amax(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
 _EACH = {"row maxima": ROWS, "row sums": ROWS, "mask": MASK}
 _KEPT = {"scores": SCORES32, "exp": SCORES32, "weights": SCORES32, "output": LINEAR, **_EACH}
 # chapter 2's ledger of naive_custom at that moment, with the scores in place of the positions
-_DIVISION = {"scores": SCORES32, "exp, two gradients, three steps of the row sums": 6 * SCORES32, **_EACH}
+_DIVISION = {"scores": SCORES32, "exp, a gradient, four steps of the row sums": 6 * SCORES32, **_EACH}
 _DIVISION |= {"output, upstream gradient, dv": 3 * LINEAR}
 BY_AMAX_LAW = Law(_KEPT, {"weights @ v": _KEPT}, {"gradient of the division": _DIVISION})
 BY_AMAX = replace(NAIVE_CUSTOM, name="by_amax", fn=by_amax, law=BY_AMAX_LAW, traffic=None)
