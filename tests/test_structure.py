@@ -12,7 +12,7 @@ import attnlib
 from attnlib import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"attnlib": 4200, "report": 2500, "notebooks": 2200}  # lines of Python that each may have
+PACKAGES = {"attnlib": 4200, "report": 2500, "notebooks": 2800}  # lines of Python that each may have
 LONGEST_FILE, MOST_LEVELS = 250, 8
 UPWARDS = {("attnlib", "report"), ("attnlib", "notebooks"), ("report", "notebooks")}  # no import goes that way
 # names that stand in more than one module, each with the reason
@@ -109,8 +109,8 @@ def test_imports_form_no_circle_and_few_levels():
 
 
 def test_no_package_imports_what_lies_above_it():
-    """core ← laws ← variants, dilated ← memory ← timing ← the commands ← report ← notebooks."""
-    order = ["core", "laws", "variants", "dilated", "memory", "timing"]
+    """core ← laws ← variants, dilated ← parallel, memory ← timing ← the commands ← report ← notebooks."""
+    order = ["core", "laws", "variants", "dilated", "parallel", "memory", "timing"]
     for name in modules():
         package, part, *_ = (*name.split("."), "")
         for one in imported(name):

@@ -70,4 +70,4 @@ class Place(NamedTuple):
 
     def widened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors to be added to, in float32 where more than two roundings would add up."""
-        return [x.float() if len(self.members) > 2 else x for x in tensors]
+        return [x.float() for x in tensors] if len(self.members) > 2 else [*tensors]

@@ -61,8 +61,7 @@ def measure(
     timed with the graph kept, through torch.autograd.grad, so that no gradient is accumulated. Returns the point's
     columns, the figures that could be had, and `status`, `phase`, `reason`: running out of memory, or a variant that
     cannot run there, is a result, not an error. A forward pass that fits is timed though backward does not. `kernel`
-    names what ran longest in the attention, unless it is plain: of a backend, its kernel. Raises UserError for a GPU
-    that is not there."""
+    names what ran longest, unless attention is plain. Raises UserError for a GPU that is not there."""
     row = {"variant": variant.name, **shape.columns(), "status": "ok", "phase": "", "reason": ""}
     if torch.device(device).type == "cuda":
         resolve(str(device))

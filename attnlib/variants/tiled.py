@@ -34,10 +34,7 @@ def scores_of(q: Tensor, k: Tensor, first_query: int, first_key: int, causal: bo
     return scores
 
 
-def take_in(
-    q: Tensor, k: Tensor, v: Tensor,
-    m: Tensor, ell: Tensor, O: Tensor, where: Where,
-) -> None:  # fmt: skip
+def take_in(q: Tensor, k: Tensor, v: Tensor, m: Tensor, ell: Tensor, O: Tensor, where: Where) -> None:
     """Bring one tile into what is known of its queries: m, their largest
     score so far, ell (ℓ), the sum of exp(score − m), O, the sum of those times
     v. When a larger score comes, what was summed fades by exp(old − new)."""
