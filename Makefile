@@ -25,7 +25,7 @@ report: ready ## measure this machine and write build/<device>/report.html and .
 replay: ready ## rebuild the report from committed data (DEVICE=nvidia-h200)
 	@"$(PYTHON)" -m report.build replay --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
 
-publish: ready ## replay committed data, and if all laws hold keep its claims and figures in data/ and figures/ (DEVICE=nvidia-h200)
+publish: ready ## replay committed data, and if all laws hold keep its claims in data/, figures and report in figures/ (DEVICE=nvidia-h200)
 	@"$(PYTHON)" -m report.build publish --device "$(DEVICE)" --profile "$(PROFILE)" --only "$(ONLY)" $(ARGS)
 
 test: ready ## run the tests; those that need a GPU are skipped where there is none
@@ -41,7 +41,7 @@ lint: ready ## check code and notebooks with ruff, types with mypy
 	@"$(PYTHON)" -m ruff check && "$(PYTHON)" -m ruff format --check && "$(PYTHON)" -m mypy
 
 NEEDED = torch pandas matplotlib seaborn sympy psutil tqdm papermill nbconvert ipykernel ipywidgets
-test bench: NEEDED += pytest xdist
+test bench: NEEDED += pytest xdist pymupdf
 lint: NEEDED = ruff mypy
 lab: NEEDED += jupyterlab
 FIND := import importlib.util as u, sys; print(*[p for p in sys.argv[1:] if not u.find_spec(p)])

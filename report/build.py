@@ -1,10 +1,11 @@
 """Runs the notebooks on a device and turns them into build/<device>/report.html and report.pdf.
 
 `python -m report.build measure` runs everything on this machine, `replay --device nvidia-h200` rebuilds the report from
-committed data, `publish` does the same and keeps claims and figures. The Makefile's targets call it. The report is
-always built: what is broken, stopped or not there stands on its first page, and decides the exit status."""
+committed data, `publish` does the same and keeps claims, figures and report. The Makefile's targets call it. The report
+is always built: what is broken, stopped or not there stands on its first page, and decides the exit status."""
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import logging
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 EXPECTED_MINUTES = {("cuda", "full"): 20, ("cuda", "quick"): 5, ("cpu", "full"): 19, ("cpu", "quick"): 4}
 TIMED_ON = {"cuda": "an H200", "cpu": "two CPU cores"}  # what these minutes are of
+GENERATED = {".partial", ".draft", ".pyc", ".ipynb_checkpoints"}  # files and folders that git ignores
 
 
 def claims_of(out: Path) -> tuple[list[dict], list[str]]:
@@ -125,17 +127,28 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
     return wrong, missing
 
 
+def fingerprint(folder: str) -> str:
+    """The SHA-256 of all that a replayed report is made of: rows, notebooks, attnlib and report/."""
+    found = [*(ROOT / "data").glob("*.csv")]
+    for place in (f"data/{folder}", "data/published", "notebooks", "attnlib", "report"):
+        found += [path for path in (ROOT / place).rglob("*.*") if path.is_file()]
+    ours = [path for path in sorted(found) if not {path.suffix, path.parent.name} & GENERATED]
+    return hashlib.sha256(b"".join(str(p.relative_to(ROOT)).encode() + p.read_bytes() for p in ours)).hexdigest()
+
+
 def publish(folder: str):
-    """Keep what a replay made: claims.csv in data/<folder>/, and the SVGs in figures/<folder>/ in place of those that
-    were there. Each file is replaced by a whole one. Raises UserError if it can't be written."""
-    made = sorted((ROOT / "build" / folder / "figures").glob("*.svg"))
+    """Keep what a replay made: claims.csv in data/<folder>/; in figures/<folder>/ the SVGs, in place of those that were
+    there, the reports, and the digest of what they are made of. Each file is replaced by a whole one, or OSError."""
+    made, kept = sorted((ROOT / "build" / folder / "figures").glob("*.svg")), ROOT / "figures" / folder
     for path in made:
-        write(ROOT / "figures" / folder / path.name, path.read_text("utf-8"))
-    for path in (ROOT / "figures" / folder).glob("*.svg"):
-        if path.name not in [one.name for one in made]:
-            path.unlink()
+        write(kept / path.name, path.read_text("utf-8"))
+    for name in {path.name for path in kept.glob("*.svg")} - {path.name for path in made}:
+        (kept / name).unlink()
     write(ROOT / "data" / folder / "claims.csv", (ROOT / "build" / folder / "claims.csv").read_text("utf-8"))
-    print(f"published: data/{folder}/claims.csv and {len(made)} figures in figures/{folder}/")
+    for name in ("report.html", "report.pdf"):
+        os.replace(shutil.copyfile(ROOT / "build" / folder / name, kept / f"{name}.partial"), kept / name)
+    write(kept / "digest.txt", f"{fingerprint(folder)}\n")
+    print(f"published: data/{folder}/claims.csv; in figures/{folder}/ {len(made)} figures, report.html and report.pdf")
 
 
 def each_gpu() -> list[str]:

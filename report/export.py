@@ -86,12 +86,20 @@ def markdown(notebooks: list[Path], folder: Path) -> str:
     return "\n\n".join([*texts, *(["# Appendix: tables and proofs"] if proofs else []), *proofs])
 
 
+def facts(folder: str, machine: Machine) -> dict[str, str]:
+    """What the title page says of where a report is from; of rows that no commit has, or without git, no commit."""
+    git = ["git", "log", "-1", "--format=%h of %as", "--", f"data/{folder}/[0-9]*.csv"]  # the claims are made of them
+    told = shutil.which("git") and subprocess.run(git, cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
+    return {"Device": machine.name, "Measured": machine.date} | ({"Rows": told} if told else {})
+
+
 def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared: list[str], laws: str = ""):
     """build/<device>/report.html and report.pdf from the executed notebooks; both appear, or neither does.
 
     notices: of the first page, `(look, Markdown)` with look "broken" or "notice"; declared: labels that a text may
     refer to where nothing has them; laws: the script that a calculator asks, from report/calculator.py. Raises
     UserError if raw HTML, a formula or an unknown reference would be lost."""
+    import matplotlib
     import pypandoc
     import typst
 
@@ -106,18 +114,14 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
     about = {"title": "The cost of attention", "subtitle": "Measured, predicted, and explained", "lang": "en"}
     about |= {"device": machine.name, "date": machine.date, "declared": declared}
     about |= {"versions": f"PyTorch {machine.torch}, Python {machine.python}"}
+    about |= {"facts": [{"what": what, "text": plain(text)} for what, text in facts(out.name, machine).items()]}
     about |= {"notices": [{"look": look, "text": text} for look, text in notices]}
     (work / "about.json").write_text(json.dumps(about), "utf-8")
     for to in ("html", "typst"):
         command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]
         command += [f"--template={HERE / f'template.{to}'}", f"--lua-filter={HERE / 'filter.lua'}"]
-        command += ["--metadata-file=about.json", "--standalone", "--fail-if-warnings"]
-        command += [
-            "--toc",
-            "--toc-depth=2",
-            "--number-sections",
-            f"--resource-path={'html:' * (to == 'html')}.:{HERE}",
-        ]
+        command += ["--metadata-file=about.json", "--standalone", "--fail-if-warnings", "--wrap=none", "--toc"]
+        command += ["--toc-depth=2", "--number-sections", f"--resource-path={'html:' * (to == 'html')}.:{HERE}"]
         if to == "html":
             command += ["--mathml", "--embed-resources", f"--css={HERE / 'style.css'}"]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True)
@@ -125,7 +129,8 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
             said = done.stderr.split("stack traceback")[0]  # of the filter, which is of no use to a reader
             raise UserError(f"pandoc could not make the {to}: {' '.join(said.split())}")
     try:
-        typst.compile(work / "report.typst", output=work / "report.pdf", ignore_system_fonts=True)
+        fonts = [Path(matplotlib.get_data_path()) / "fonts" / "ttf"]  # of the text in figures
+        typst.compile(work / "report.typst", output=work / "report.pdf", ignore_system_fonts=True, font_paths=fonts)
     except RuntimeError as error:
         raise UserError(f"typst could not make the PDF: {' '.join(str(error).split())}") from error
     for name in ("report.html", "report.pdf"):

@@ -96,7 +96,63 @@ local second_pass = {
   end,
 }
 
+-- a report in PDF: what stays with what, where figures go, and how listings break
+local WIDEST, FEW, MANY = 112, 12, 40 -- letters of a listing's line; rows of a table that stays whole, and of a long one
+local SHORT, BRIEF, EARLY = 90, 160, 2500 -- letters: of a paragraph and a listing that lead on, of a chapter's first page
+
+local function wrapped(text) -- long lines are broken between words, after a comma if one is near
+  local lines = {}
+  for line in (text .. "\n"):gmatch("(.-)\n") do
+    local indent = line:match("^%s*") .. "    "
+    while utf8.len(line) > WIDEST and #indent < WIDEST / 2 do
+      local head = line:sub(1, WIDEST)
+      local at = head:match("^.*, ()", WIDEST * 2 // 3) or head:match("^.*%S ()")
+      if not at or at <= #indent then break end
+      table.insert(lines, (line:sub(1, at - 2)))
+      line = indent .. line:sub(at)
+    end
+    table.insert(lines, line)
+  end
+  return table.concat(lines, "\n")
+end
+
+local function within(name, block) -- a function of template.typst
+  return pandoc.Blocks({pandoc.RawBlock("typst", "#" .. name .. "["), block, pandoc.RawBlock("typst", "]")})
+end
+
+local function rows_of(block)
+  local rows = 0
+  for _, body in ipairs(block.bodies or {}) do rows = rows + #body.body end
+  return rows
+end
+
+local function placed(block, led, early) -- what a lead-in must not lose stays where it is, else it may float
+  local float = early and "sinking" or "floating" -- above a chapter's title there would be no place for it
+  if block.t == "Figure" then return led and {block} or within(float, block) end
+  local rows = rows_of(block)
+  if rows > MANY or rows > FEW and led then return within("long", block) end
+  return rows > FEW and within(float, block) or {block}
+end
+
+local function is_formula(block)
+  return block.t == "Para" and #block.content == 1 and block.content[1].mathtype == "DisplayMath"
+end
+
 local third_pass = { -- what template.typst calls by the same names, and style.css in HTML
+  Str = function(str) -- in tables and notices pandoc leaves apostrophes as they are
+    str.text = str.text:gsub("(%w)'(%w)", "%1’%2")
+    return str
+  end,
+  CodeBlock = function(code)
+    if not html then code.text = wrapped(code.text) end
+    return code
+  end,
+  Para = function(para) -- a formula at the end of a paragraph is a block of its own, which a lead-in can stay with
+    local last = para.content[#para.content]
+    if html or #para.content < 2 or last.mathtype ~= "DisplayMath" then return nil end
+    para.content:remove()
+    return {para, pandoc.Para({last})}
+  end,
   Math = function(math) -- a wide formula scrolls in a box of its own
     if html and math.mathtype == "DisplayMath" then return pandoc.Span({math}, pandoc.Attr("", {"wide", "formula"})) end
   end,
@@ -108,7 +164,47 @@ local third_pass = { -- what template.typst calls by the same names, and style.c
         return div.content
       end
     end
+    if not html and div.classes:includes("printed") then return div.content end
   end,
 }
 
-return {before, first_pass, second_pass, third_pass}
+local appendix = { -- its sections belong to chapters that have numbers of their own
+  Pandoc = function(doc)
+    local inside = false
+    for _, block in ipairs(doc.blocks) do
+      if block.t == "Header" then
+        inside = inside or block.identifier:match("^appendix") ~= nil
+        if inside then block.classes:insert("unnumbered") end
+      end
+    end
+    return doc
+  end,
+}
+
+local placing = {
+  Pandoc = function(doc)
+    if html then return nil end
+    local out, led, letters = pandoc.Blocks({}), false, 0 -- letters: of the chapter so far
+    for at, block in ipairs(doc.blocks) do
+      local after, said = doc.blocks[at + 1] or {}, block.t == "Para" and pandoc.utils.stringify(block) or ""
+      local shown = after.t == "Figure" or after.t == "Table" or after.t == "CodeBlock"
+      local brief = led and block.t == "CodeBlock" and #block.text < BRIEF and shown
+      if block.t == "Header" and block.level == 1 then letters = 0 end
+      if block.t == "Figure" or block.t == "Table" then
+        out:extend(placed(block, led, letters < EARLY))
+      elseif brief or said ~= "" and not is_formula(block) and (is_formula(after) and #said < SHORT
+        or shown and (said:match(":%s*$") or #said < SHORT)
+        or said:match(":%s*$") and (is_formula(after) or after.t == "BulletList" or after.t == "OrderedList")) then
+        out:extend(within("lead", block))
+      else
+        out:insert(block)
+      end
+      led = block.t == "Para" and said:match(":%s*$") ~= nil or brief
+      letters = letters + #pandoc.utils.stringify(block) + 80 * rows_of(block) + #(block.text or "")
+    end
+    doc.blocks = out
+    return doc
+  end,
+}
+
+return {before, first_pass, second_pass, third_pass, appendix, placing}

@@ -29,7 +29,7 @@ def style():
     set_matplotlib_formats("svg")
     look = {"axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "axes.grid.which": "major"}
     sns.set_theme(context="paper", style="whitegrid", rc=look)
-    plt.rcParams.update({"svg.hashsalt": "attnlib", "figure.dpi": 100, "savefig.bbox": "tight"})
+    plt.rcParams.update({"svg.hashsalt": "attnlib", "svg.fonttype": "none", "figure.dpi": 100, "savefig.bbox": "tight"})
 
 
 def over_lengths(ax, lengths):

@@ -151,7 +151,8 @@ def executed(copy, monkeypatch):
 
     def export(out, machine, notices, declared, laws):
         given.notices, given.declared = notices, declared
-        (out / "report.html").write_text("whole")
+        for name in ("report.html", "report.pdf"):
+            (out / name).write_text("whole")
 
     monkeypatch.setattr(building, "execute", execute)
     monkeypatch.setattr(building, "export", export)
@@ -225,7 +226,7 @@ def test_only_replays_the_chapters_that_have_data(copy, build, executed, machine
     ]
 
 
-def test_publish_keeps_claims_and_figures_of_a_replay_and_nothing_else(copy, build, executed):
+def test_publish_keeps_claims_figures_and_report_of_a_replay_and_nothing_else(copy, build, executed):
     before = tracked(copy)
     executed |= {"01": [claim("first", True), claim("second", False, "observation")]}
     assert build("publish", "--device", "nvidia-h200") == (0, "")
@@ -233,9 +234,45 @@ def test_publish_keeps_claims_and_figures_of_a_replay_and_nothing_else(copy, bui
     claims = "data/nvidia-h200/claims.csv"
     assert after[claims] == (copy / "build" / "nvidia-h200" / "claims.csv").read_bytes() != before[claims]
     figures = {name: text for name, text in after.items() if name.startswith("figures/")}
-    assert figures == {f"figures/nvidia-h200/0{n}_new.svg": f"<svg>0{n}</svg>".encode() for n in (0, 1, 2, 3, 4, 5, 7)}
+    kept = {f"0{n}_new.svg": f"<svg>0{n}</svg>" for n in (0, 1, 2, 3, 4, 5, 7)}
+    kept |= {"report.html": "whole", "report.pdf": "whole", "digest.txt": f"{building.fingerprint('nvidia-h200')}\n"}
+    assert figures == {f"figures/nvidia-h200/{name}": text.encode() for name, text in kept.items()}
     rest = {name for name in before if not name.startswith("figures/")} - {claims}
     assert {*after} == {*rest, claims, *figures} and all(after[name] == before[name] for name in rest)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data/items.csv", "data/published/new.csv", "data/nvidia-h200/machine.json", "data/nvidia-h200/01_new.csv"]
+    + ["notebooks/new.py", "notebooks/01_naive_sweep.ipynb", "attnlib/dilated/law.py", "report/filter.lua"],
+)
+def test_a_digest_is_of_data_notebooks_and_code(copy, name):
+    before = building.fingerprint("nvidia-h200")
+    with open(copy / name, "a") as file:
+        file.write("\n")
+    assert building.fingerprint("nvidia-h200") != before
+
+
+def test_a_digest_is_not_of_what_git_ignores_or_of_another_device(copy):
+    before = building.fingerprint("nvidia-h200")
+    names = ("data/another/01_new.csv", "data/nvidia-h200/01_new.csv.partial", "build/new.csv", "figures/new.svg")
+    for name in (*names, "notebooks/.ipynb_checkpoints/new.ipynb", "report/__pycache__/new.pyc"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("new")
+    assert building.fingerprint("nvidia-h200") == before
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("device", COMMITTED)
+def test_published_reports_are_current_and_small_enough_for_the_web(device):
+    folder, readme = ROOT / "figures" / device, (ROOT / "README.md").read_text()
+    paths = [folder / f"report.{kind}" for kind in ("html", "pdf")]
+    assert all(f"(figures/{device}/{path.name})" in readme for path in paths)
+    if not any(path.exists() for path in (*paths, folder / "digest.txt")):
+        pytest.skip(f"no report of {device} is published yet: make publish DEVICE={device}")
+    stale = (folder / "digest.txt").read_text().strip() != building.fingerprint(device)
+    assert not stale, f"data, notebooks or code have changed since: run `make publish DEVICE={device}`"
+    assert all(0 < path.stat().st_size <= 5e6 for path in paths)
 
 
 @pytest.mark.parametrize("found", [[claim("one is two", False)], "ValueError: no"], ids=["broken", "stopped"])
