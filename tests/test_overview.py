@@ -1,6 +1,11 @@
 """The first page says what the chapters' rows say, and its advice follows them."""
 
+import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -93,3 +98,31 @@ def test_what_to_use_follows_the_rows(data):
     assert "N ≤" not in before.loc["long sequences, a pattern will do", "threshold here"]
     bits = "the same bits on every run"
     assert (before.loc[bits, "use"], after.loc[bits, "use"]) == ("sdpa_flash", "sdpa_efficient")
+
+
+def as_markdown(frame: pd.DataFrame) -> str:
+    """A table in Markdown: names on the left, figures on the right."""
+    lines = [list(frame), [":---", *["---:"] * (len(frame.columns) - 1)]]
+    lines += [[f"`{name}`", *figures] for name, *figures in frame.astype(str).itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def readme_answer(device: str = "nvidia-h200") -> list[str]:
+    """What the README tells in its first lines: the overview's answer and its five findings, and its table."""
+    command = [sys.executable, ROOT / "tests" / "replaying.py", device, "--bounded", "00"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    told = [text for text in json.loads(done.stdout)["said"] if re.match(r"\*\*The answer|\d\. ", text)]
+    run = opened(device)
+    table = overview.as_table(overview.as_numbers(overview.all_kinds(run), run.machine)).data
+    return [told[0], "\n".join(told[1:]), as_markdown(table)]
+
+
+def test_the_readme_says_what_the_overview_says():
+    """`python tests/test_overview.py` prints what has to stand there."""
+    text = (ROOT / "README.md").read_text()
+    assert [part for part in readme_answer() if part not in text] == []
+
+
+if __name__ == "__main__":
+    print("\n\n".join(readme_answer()))

@@ -25,25 +25,6 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def readme_table() -> str:
-    """The README's table, from the committed rows."""
-    rows = stored.load("nvidia-h200", "01_naive_sweep").query("head_dim == 64")
-    names = [*dict.fromkeys(rows["variant"])]
-    lines = ["| N | " + " | ".join(f"`{name}`" for name in names) + " |", "|---:|" + "---:|" * len(names)]
-    for seq_len in (1024, 4096, 16384, 32768):
-        cells = []
-        for name in names:
-            row = rows[(rows["seq_len"] == seq_len) & (rows["variant"] == name)].iloc[0]
-            figures = f"{row['forward_backward_ms']:.3g} ms, {row['backward_peak_bytes'] / 2**30:.2f} GiB"
-            cells.append(figures if row["status"] == "ok" else f"out of memory in {row['phase']}")
-        lines.append(f"| {seq_len} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def test_readme_table_is_computed():
-    assert readme_table() in (ROOT / "README.md").read_text()
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_are_essays_without_outputs(path):
     """More is said than computed: five words and more for each line of code."""
