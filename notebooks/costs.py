@@ -15,6 +15,7 @@ from report import plots
 from report.forecast import Forecast, forecasts
 from report.run import Run
 from report.skipping import NotMeasured
+from report.stored import rows_of
 from report.tables import NO_FIGURE, digits, size, table
 
 SEGMENTS = (2048, 4096, 8192, 16384, 32768)  # chapter 4's own
@@ -52,6 +53,24 @@ def spelled_out(atlas: pd.DataFrame, written: Mapping[str, str]):
         use = f"{row['dtype']}, {'training' if row['training'] else 'inference'}"
         columns.setdefault(row["spelling"], {"spelling": row["spelling"]})[use] = text
     return table(pd.DataFrame([columns[one] for one in written if one in columns]).fillna(NO_FIGURE))
+
+
+def other_versions(run: Run, atlas: pd.DataFrame) -> list[str]:
+    """A sentence for each atlas that another PyTorch left beside this one, 05_atlas_of_torch_<version>.csv: of how many
+    programs something else became, fused or in the matrices kept, and which."""
+    keys, told = ["spelling", "dtype", "training"], []
+    for path in sorted(run.path("atlas").parent.glob("05_atlas_of_torch_*.csv")):
+        other = rows_of(path, ["saved_bytes", "compiled_saved_bytes"]).fillna({"fused": ""})
+        both = atlas.merge(other, on=[*keys, "machine"], suffixes=("", "_there"))
+        changed = both[
+            (both["fused"] != both["fused_there"])
+            | (both["compiled_saved_bytes"] != both["compiled_saved_bytes_there"])
+        ]
+        uses = changed["training"].map({True: "in training", False: "in inference"})
+        names = [f"*{a}* in {b} {c}" for a, b, c in zip(changed["spelling"], changed["dtype"], uses, strict=True)]
+        outcome = f"something else of {len(names)}: {', '.join(names)}" if names else "the same of all"
+        told.append(f"PyTorch {other['torch'].iloc[0]} makes, of the {len(both)} programs on this machine, {outcome}.")
+    return told
 
 
 def as_their_kernel(trained: pd.DataFrame, machine: Machine) -> tuple[int, int]:
