@@ -61,7 +61,7 @@ def other_versions(run: Run, atlas: pd.DataFrame) -> list[str]:
     keys, told = ["spelling", "dtype", "training"], []
     for path in sorted(run.path("atlas").parent.glob("05_atlas_of_torch_*.csv")):
         other = rows_of(path, ["saved_bytes", "compiled_saved_bytes"]).fillna({"fused": ""})
-        both = atlas.merge(other, on=[*keys, "machine"], suffixes=("", "_there"))
+        both = atlas.merge(other, on=keys, suffixes=("", "_there"))
         changed = both[
             (both["fused"] != both["fused_there"])
             | (both["compiled_saved_bytes"] != both["compiled_saved_bytes_there"])
@@ -69,7 +69,7 @@ def other_versions(run: Run, atlas: pd.DataFrame) -> list[str]:
         uses = changed["training"].map({True: "in training", False: "in inference"})
         names = [f"*{a}* in {b} {c}" for a, b, c in zip(changed["spelling"], changed["dtype"], uses, strict=True)]
         outcome = f"something else of {len(names)}: {', '.join(names)}" if names else "the same of all"
-        told.append(f"PyTorch {other['torch'].iloc[0]} makes, of the {len(both)} programs on this machine, {outcome}.")
+        told.append(f"PyTorch {other['torch'].iloc[0]} makes, of the {len(both)} programs, {outcome}.")
     return told
 
 
