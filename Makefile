@@ -34,8 +34,8 @@ test: ready ## run the tests; those that need a GPU are skipped where there is n
 bench: ready ## compare this project's clock with the reference timers (DEVICE=auto|cpu|cuda:1)
 	@"$(PYTHON)" tests/agreement.py timers --device "$(DEVICE)" --check $(ARGS)
 
-lab: ready ## open the notebooks in JupyterLab (ARGS="--port 9999 --no-browser")
-	@"$(PYTHON)" -m jupyterlab notebooks $(ARGS)
+lab: ready ## open the overview in JupyterLab, and from there every notebook (ARGS="--port 9999 --no-browser")
+	@"$(PYTHON)" -m jupyterlab notebooks/00_overview.ipynb $(ARGS)
 
 lint: ready ## check code and notebooks with ruff, types with mypy
 	@"$(PYTHON)" -m ruff check && "$(PYTHON)" -m ruff format --check && "$(PYTHON)" -m mypy

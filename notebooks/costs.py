@@ -168,8 +168,10 @@ def points_drawn(points: pd.DataFrame, limit: float, machine: Machine):
             plots.level(ax, end)
         plots.times(ax, (0.5, 0.7, 2))
     figure.axes[0].set_ylabel("forecast ÷ measured")
-    figure.supxlabel(f"measured, ms · {machine.name}", fontsize=9)
-    return plots.legend(figure, figure.axes[0])
+    for ax in figure.axes:
+        ax.set_xlabel("measured, ms")
+    figure.axes[-1].legend(title=machine.name, title_fontsize=7.5, fontsize=7.5, loc="lower right")
+    return figure
 
 
 def misses(points: pd.DataFrame, limit: float):

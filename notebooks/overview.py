@@ -20,6 +20,7 @@ from report.tables import GIB, NO_FIGURE, digits, size, table
 
 DUEL = ["first_ms", "second_ms", "ratio", "rounds", "run"]  # the numbers of a row of a duel
 HEADS = 8  # of the tables
+FUSED = "sdpa_(flash|efficient|cudnn)|fa4"  # the kernels that write no matrix
 
 
 def all_kinds(run: Run) -> pd.DataFrame:
@@ -45,6 +46,7 @@ def drawn(every: pd.DataFrame, fused: Iterable[str], machine: Machine):
     """Time and memory for each head against N, of plain, some `fused` and dilated attention, with the laws of memory
     dashed and a cross where memory ran out."""
     rows = every[every["kind"].isin(["naive", *fused, "dilated"])].sort_values("seq_len")
+    rows = rows[rows["seq_len"] <= rows.loc[rows["kind"] != "dilated", "seq_len"].max()]  # names stand at one end
     figure, axes = plots.panels(["time", "memory"], xs=rows["seq_len"], device=machine.name, ylabel="", sharey=False)
     for ax, column, label in zip(axes, ("ms", "gib"), ("ms per head", "GiB per head"), strict=True):
         ax.set_ylabel(label)
@@ -91,7 +93,7 @@ def as_numbers(every: pd.DataFrame, machine: Machine) -> pd.DataFrame:
 
 def fastest(numbers: pd.DataFrame) -> str:
     """Of `as_numbers` the fused kernel that takes the least time."""
-    fused = numbers[numbers["variant"].str.match("sdpa_(flash|efficient|cudnn)|fa4")]
+    fused = numbers[numbers["variant"].str.match(FUSED)]
     return fused.loc[fused["ms"].idxmin(), "variant"]
 
 
@@ -112,12 +114,6 @@ def crossed(run: Run, chapter: str, name: str) -> pd.DataFrame:
     """The first run's crossovers of a chapter's duels."""
     rows = pd.DataFrame(duels(run.of_chapter(chapter, name, DUEL).to_dict("records")))
     return races.crossings(rows).query("run == 1")
-
-
-def froms(cells: pd.DataFrame) -> str:
-    """From which N on the second wins: "forward from N = 512, backward from N = 1024"."""
-    told = [f"{row['phase']} from N = {races.length(row['seq_len'], row)}" for row in cells.to_dict("records")]
-    return ", ".join(text.replace("N = >", "N >").replace("N = ≤", "N ≤") for text in told)
 
 
 def road(machine: Machine):
@@ -150,6 +146,23 @@ def road(machine: Machine):
     return figure
 
 
+def became(run: Run) -> pd.Series:
+    """The fused operator that each spelling of chapter 5 became in training, in the type that names the series, or ""."""
+    atlas = run.of_chapter("05", "atlas", ["saved_bytes"]).fillna({"fused": ""})
+    atlas = atlas[atlas["training"] & (atlas["spelling"] != "the fused call")]
+    dtype = atlas["dtype"].iloc[0]
+    return atlas[atlas["dtype"] == dtype].set_index("spelling")["fused"].rename(dtype)
+
+
+def recognised(spelled: pd.Series) -> str:
+    """How many ways to spell attention a compiler turned into a fused kernel, of those with a mask as well."""
+    masked = spelled[[one for one in spelled.index if "causal" in one]]
+    return (
+        f"{int((spelled != '').sum())} of {len(spelled)} ways to spell attention in {spelled.name} become a fused kernel when "
+        f"compiled for training, and {int((masked != '').sum())} of the {len(masked)} with a mask"
+    )
+
+
 def to_repeat(again: pd.DataFrame) -> tuple[str, str]:
     """Of rows of repeated passes the kernel to take if bits must repeat, the fastest of those that do in all of
     their rows at the longest N when asked to, and what that costs it."""
@@ -157,11 +170,13 @@ def to_repeat(again: pd.DataFrame) -> tuple[str, str]:
     asked = again[again["deterministic"].astype(str) == "True"]
     same = asked.groupby("variant")["same_bits"].agg(lambda told: (told.astype(str) == "True").all())
     times = asked[asked["variant"].isin(same.index[same])].groupby("variant")["ms"].sum()
+    each = ["variant", "heads"]
     if times.empty:
         return NO_FIGURE, "no kernel repeats them"
     first = times.idxmin()
-    as_it_comes = again[(again["deterministic"].astype(str) == "False") & (again["variant"] == first)]["ms"].sum()
-    return first, f"deterministic algorithms: {times[first] / as_it_comes:.1f} times as long"
+    strict, loose = (again[again["deterministic"].astype(str) == on].set_index(each)["ms"] for on in ("True", "False"))
+    ratios = (strict / loose).loc[first]
+    return first, f"deterministic algorithms: {ratios.min():.1f} to {ratios.max():.1f} times as long"
 
 
 def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str], again: pd.DataFrame):
@@ -170,17 +185,19 @@ def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str],
     dtype = every["dtype"].iloc[0]
     crossover = crossed(run, "03", "crossover").query("head_dim == 64 and dtype == @dtype")
     second = next(iter(crossover["second"]), "the flash kernel")
+    also = "" if second == best else "already "
     reached = {name: f"{longest(VARIANTS[name], dtype, run.machine):,}" for name in ("naive", best)}
     bits = to_repeat(again)
     fused = ", ".join(name for name, became in spelled.items() if became)
-    ends = f"memory ends it at N = {reached['naive']}, {best} at {reached[best]}"
+    ends = f"by the laws memory ends it at N = {reached['naive']}, {best} at {reached[best]}"
+    pays = crossed(run, "04", "duels")
     lines = [
-        ("all pairs, no mask", best, f"{second} over naive {froms(crossover)}", "3"),
+        ("all pairs, no mask", best, f"{also}{second} over naive {races.froms(crossover)}", "3"),
         ("the weights themselves", "naive", ends, "2, 3"),
         (
             "long sequences, a pattern will do",
-            f"dilated over {kernel_of(every)}",
-            froms(crossed(run, "04", "duels")),
+            "dilated",
+            f"over dense {races.froms(pays)}, both by {pays['first'].iloc[0]}",
             "4",
         ),
         ("a program of others, compiled", "see whether it was fused", f"in training: {fused or 'none tried'}", "5"),

@@ -129,6 +129,12 @@ def wins(cells: pd.DataFrame, dtype: str) -> str:
     return f"In {dtype}, without a mask, {names} takes less time {', '.join(froms)} on; at N = {n} `naive` takes {least:.1f} to {most:.1f} times as long"
 
 
+def froms(cells: pd.DataFrame) -> str:
+    """From which N on the second wins: "forward from N = 512, backward from N = 1024"."""
+    told = [f"{row['phase']} from N = {length(row['seq_len'], row)}" for row in cells.to_dict("records")]
+    return ", ".join(text.replace("N = >", "N >").replace("N = ≤", "N ≤") for text in told)
+
+
 def crossovers(cells: pd.DataFrame):
     """A table of the lengths from which the second wins, with intervals, from each run; and ratios at both ends."""
     found = []

@@ -7,7 +7,7 @@ from matplotlib.patches import Patch
 
 from attnlib.core import PHASES
 from report import plots
-from report.tables import size
+from report.tables import digits, size
 
 PAIRED = 0.02  # lines closer than this are drawn one around the other, so that none hides
 BEYOND = 1.5  # a share of a ceiling above which the prediction counts what was not done
@@ -127,3 +127,17 @@ def exponents_drawn(slopes: pd.DataFrame, machine):
             plots.line(ax, group["seq_len"], group["exponent"], plots.colour(name), name)
             ax.plot(group["seq_len"], group["of_floor"], "--", color=plots.colour(name), lw=1, alpha=0.7)
     return plots.legend(figure, axes[0])
+
+
+def in_short(rows: pd.DataFrame) -> str:
+    """What the sweep found, in two sentences: the longest N at D = 64 at which all programs were timed."""
+    timed = rows[(rows["head_dim"] == 64) & rows["forward_backward_ms"].notna()]
+    longest = timed.groupby("variant")["seq_len"].max().min()
+    at = timed[timed["seq_len"] == longest].set_index("variant")
+    cells = [
+        f"`{name}` {digits(row.forward_backward_ms)} ms and {size(row.backward_peak_bytes)}"
+        for name, row in at.iterrows()
+    ]
+    lost = rows[(rows["head_dim"] == 64) & (rows["status"] == "oom")]["seq_len"]
+    stops = f" Memory ends the first of them at N = {lost.min():,}." if len(lost) else ""
+    return f"**In short.** A training pass over N = {longest:,} positions takes, and holds at its peak: {', '.join(cells)}.{stops}"

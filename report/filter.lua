@@ -74,7 +74,10 @@ local first_pass = {
               pandoc.RawBlock("html", "</details>")}, false
     end
   end,
-  Table = function(tbl) return boxed(tbl), false end,
+  Table = function(tbl) -- of Markdown: numbered like all others, as typst does
+    tbl.caption = number("tbl-of-markdown-" .. counts.tbl + 1, tbl.caption)
+    return boxed(tbl), false
+  end,
   Figure = function(figure)
     local image
     figure:walk({Image = function(i) image = i end})

@@ -7,8 +7,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from attnlib.core import PHASES
-
 COLOURS = {"naive_custom": "#0173b2", "naive": "#de8f05", "naive_weights_only": "#029e73", "naive_recompute": "#d55e00"}
 COLOURS |= {"sdpa_math": "#cc78bc", "sdpa_efficient": "#ca9161", "sdpa_flash": "#fbafe4", "sdpa_cudnn": "#949494"}
 COLOURS |= {"sdpa_default": "#ece133", "fa4": "#001c7f", "tiled": "#b1400d", "dilated": "#12711c", "window": "#8c0800"}
@@ -111,20 +109,6 @@ def legend(figure, ax):
     return figure
 
 
-def curves(rows, columns, *, device, ylabel, dashed, oom_phases, scale=1.0):
-    """`columns` ({title: column}) against N, one panel each: measured as dots on a line, predicted (`dashed`) dashed.
-    oom_phases: {title: phases}; a point that ran out of memory in one of them is a cross on its predicted value."""
-    figure, axes = panels(list(columns), xs=rows["seq_len"], device=device, ylabel=ylabel)
-    for ax, (title, column) in zip(axes, columns.items(), strict=True):
-        for variant, group in rows.groupby("variant", sort=False):
-            group, own = group.sort_values("seq_len"), colour(variant)
-            lost = group[group["phase"].isin(oom_phases[title]) & (group["status"] == "oom")]
-            line(ax, group["seq_len"], group[column] / scale, own, variant)
-            ax.plot(group["seq_len"], group[dashed[title]] / scale, "--", color=own, lw=1, alpha=0.7)
-            ax.plot(lost["seq_len"], lost[dashed[title]] / scale, "x", color=own, ms=7, mew=2)
-    return legend(figure, axes[0])
-
-
 def roofline(points, *, copy_gb_s, product_tflop_s, device):
     """TFLOP/s against operations per byte, `variant, phase, intensity, tflop_s`, under rates of copy and product."""
     figure, ax = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
@@ -138,17 +122,3 @@ def roofline(points, *, copy_gb_s, product_tflop_s, device):
     roof = f"slope: a copy, {copy_gb_s:,.0f} GB/s · top: a matrix product, {product_tflop_s:,.3g} TFLOP/s"
     ax.set(title=f"{device} · {roof}", ylim=(min(points["tflop_s"]) / 2, 2 * product_tflop_s))
     return legend(figure, ax)
-
-
-def ratios(rows, *, device, ylabel="naive ÷ flash"):
-    """Ratios of duels against N, intervals as bands: one panel per phase, one line per dtype and head_dim."""
-    figure, axes = panels(PHASES, xs=rows["seq_len"], device=device, ylabel=ylabel)
-    between = (0.5, 2, 3, 5) if rows["ratio"].max() < 50 * rows["ratio"].min() else ()
-    for ax, phase in zip(axes, PHASES, strict=True):
-        level(ax, 1)
-        cells = rows[rows["phase"] == phase].groupby(["dtype", "head_dim"], sort=False)
-        for own, ((dtype, head_dim), cell) in zip(sns.color_palette("colorblind"), cells, strict=False):
-            ax.fill_between(cell["seq_len"], cell["low"], cell["high"], color=own, alpha=0.3, lw=0)
-            line(ax, cell["seq_len"], cell["ratio"], own, f"{dtype}, D {head_dim}", "-")
-        times(ax, between)
-    return legend(figure, axes[0])

@@ -1,6 +1,7 @@
 """The PDF as a reader sees it, page by page: no hole, nothing severed, and what a document says of itself."""
 
 import io
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,7 @@ from report.tables import table
 ROOT = Path(__file__).parent.parent
 TOP, BOTTOM = 66, 72  # points of A4 that running head and page number take, with the room beside the text
 MOST_EMPTY = 1 / 3  # of a page
-MOST_PAGES, MOST_BYTES = 60, 3e6  # of the main text, chapters 0 to 5, of one device; of the file
+MOST_PAGES, MOST_BYTES = 40, 3e6  # of the main text, chapters 0 to 6, of one device; of the file
 WORDS = "Attention compares every position of a sequence with every other and pays for each pair that it looks at. "
 ROWS = {"short": 8, "middle": 20, "tall": 34, "long": 70}  # kinds of tables, and how many rows they have
 
@@ -66,10 +67,15 @@ def chapters() -> dict[str, nbformat.NotebookNode]:
             mine += [nbformat.v4.new_markdown_cell(f"{WORDS * (at % 4)}\n\nLead to l{number}:")]
             mine += [code(LISTING.format(number))]
             breaks = "\n\n" if at % 2 else " "
-            told = f"The card's clock, of @fig-{number}.\n\nform{number}:{breaks}$$a_{{{number}}} = b$$"
+            told = (
+                f"The card's clock, of @fig-{number} and @tbl-{number}.\n\nform{number}:{breaks}$$a_{{{number}}} = b$$"
+            )
             mine += [code("", {"image/svg+xml": figure}, label=f"fig-{number}", caption=f"A figure's f{number}.")]
             mine += [code("", {"text/markdown": told})]
         mine += [nbformat.v4.new_markdown_cell(f"## Appendix: what proves {chapter}\n\n{WORDS * 4}")]
+    cells["01_test"].insert(
+        1, nbformat.v4.new_markdown_cell("| a | b |\n|:--|--:|\n| c | 1 |\n\n: A table of Markdown's.")
+    )
     cells["02_test"].insert(1, nbformat.v4.new_markdown_cell("::: broken\n**Broken law.** One is two.\n:::"))
     return {name: nbformat.v4.new_notebook(cells=mine) for name, mine in cells.items()}
 
@@ -150,6 +156,14 @@ def test_nothing_is_severed(texts, number):
     assert listing[0] == listing[1] == pages_with(texts, f"Lead to l{number}:")
     (label,) = pages_with(texts, f"form{number}:")
     assert str(number) in texts[label].split(f"form{number}:\n")[1]
+
+
+def test_references_name_the_number_that_is_printed(texts):
+    """A table of Markdown's is counted as well."""
+    whole = " ".join(" ".join(texts).split())
+    referred = [int(found) for found in re.findall(r"and Table (\d+)\.", whole)]
+    printed = [int(found) for found in re.findall(r"Table (\d+): Words c\d+\.", whole)]
+    assert len(printed) == 24 and sorted(referred) == sorted(printed) and min(printed) == 2
 
 
 def test_figures_float_in_order_with_their_captions(texts):

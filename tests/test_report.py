@@ -36,6 +36,14 @@ def test_notebooks_are_essays_without_outputs(path):
     assert words >= 5 * sum(lines)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_what_is_not_printed_is_folded_in_jupyterlab(path):
+    """So that a page of a notebook shows text and figures, and a click what draws them."""
+    for cell in json.loads(path.read_text())["cells"]:
+        hidden = bool({"hide-input", "remove-input"} & {*cell["metadata"].get("tags", [])})
+        assert cell["metadata"].get("jupyter", {}).get("source_hidden", False) == hidden, cell["source"]
+
+
 @pytest.fixture
 def copy(tmp_path, monkeypatch) -> Path:
     """What a build reads and writes, to be broken; `build` below works on it."""
@@ -159,7 +167,7 @@ def test_a_broken_law_and_a_chapter_that_stopped_cost_the_exit_status_and_not_th
     status, err = build(*REPLAY)
     assert is_one_line_error(status, err) and (copy / "build" / "nvidia-h200" / "report.html").exists()
     assert "chapter 2: 1 <x> *is* 2 (expected 1, measured 2)" in err and "chapter 3 stopped" in err
-    assert [number for number, _ in executed.ran] == ["01", "02", "03", "04", "05", "07", "00"]
+    assert [number for number, _ in executed.ran] == ["01", "02", "03", "04", "05", "06", "07", "00"]
     assert [look for look, _ in executed.notices] == ["broken", "notice"] and r"1 \<x\> \*is\* 2" in str(
         executed.notices[0][1]
     )
@@ -176,7 +184,7 @@ def test_a_chapter_without_data_is_a_title_and_a_notice(copy, build, executed):
     for path in (copy / "data" / "nvidia-h200").glob("03_*.csv"):
         path.unlink()
     assert build(*REPLAY) == (0, "")
-    assert [number for number, _ in executed.ran] == ["01", "02", "04", "05", "07", "00"]
+    assert [number for number, _ in executed.ran] == ["01", "02", "04", "05", "06", "07", "00"]
     assert [look for look, _ in executed.notices] == ["notice"] and "Chapter 3 is not there" in executed.notices[0][1]
     (cell,) = nbformat.read(copy / "build" / "nvidia-h200" / "notebooks" / "03_flash.ipynb", 4).cells
     assert cell.source.startswith("# Who has to pay N²?\n\n::: notice\nNot measured on this device yet: ")
@@ -187,7 +195,7 @@ def test_only_works_on_a_machine_without_any_data(copy, build, executed):
     """It measures what it was asked for, and leaves out the rest."""
     shutil.rmtree(copy / "data" / "nvidia-h200")
     assert build("measure", "--device", "cpu", "--profile", "quick", "--only", "02") == (0, "")
-    assert executed.ran == [("02", False), ("07", True), ("00", True)] and len(executed.notices) >= 3
+    assert executed.ran == [("02", False), ("06", True), ("07", True), ("00", True)] and len(executed.notices) >= 3
     (out,) = (path for path in (copy / "build").iterdir() if path.name != "jupyter")
     stub = nbformat.read(out / "notebooks" / "01_naive_sweep.ipynb", 4).cells[0].source
     assert "`make report PROFILE=quick ONLY=01`" in stub
@@ -202,6 +210,7 @@ def test_only_replays_the_chapters_that_have_data(copy, build, executed, machine
         ("03", True),
         ("04", True),
         ("05", True),
+        ("06", True),
         ("07", True),
         ("00", True),
     ]
@@ -215,7 +224,7 @@ def test_publish_keeps_claims_figures_and_report_of_a_replay_and_nothing_else(co
     claims = "data/nvidia-h200/claims.csv"
     assert after[claims] == (copy / "build" / "nvidia-h200" / "claims.csv").read_bytes() != before[claims]
     figures = {name: text for name, text in after.items() if name.startswith("figures/")}
-    kept = {f"0{n}_new.svg": f"<svg>0{n}</svg>" for n in (0, 1, 2, 3, 4, 5, 7)}
+    kept = {f"0{n}_new.svg": f"<svg>0{n}</svg>" for n in range(8)}
     kept |= {"report.html": "whole", "report.pdf": "whole", "digest.txt": f"{building.fingerprint('nvidia-h200')}\n"}
     assert figures == {f"figures/nvidia-h200/{name}": text.encode() for name, text in kept.items()}
     rest = {name for name in before if not name.startswith("figures/")} - {claims}

@@ -102,7 +102,7 @@ def at_power_limit(rows_power_w: Iterable[Any], machine: Machine) -> str | None:
         return None
     points, share = f"In {limited} of {len(known)} measured points", f"{100 * AT_LIMIT:.0f} %"
     limit = f"its power limit of {machine.power_limit_w:.0f} W"
-    return f"{points} the GPU drew at least {share} of {limit}, which can hold its clock down."
+    return f"{points} the GPU drew at least {share} of {limit}; a clock may sink long before that."
 
 
 def state(device: str | torch.device) -> dict[str, float]:
