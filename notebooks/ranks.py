@@ -55,7 +55,8 @@ def together(script, ranks: int, *arguments, timeout_s: float = 500.0, options=(
         raise
     if process.returncode:
         root = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", said, re.S)
-        errors = re.findall(r"^\[rank\d+\]: (\w*(?:Error|Exception)\b.*)", said, re.M)
+        errors = re.findall(r"^\[rank(\d+)\]: ([\w.]*(?:Error|Exception)\b.*)", said, re.M)
+        errors = [text for rank, text in sorted(errors, key=lambda one: bool(root) and one[0] != root[1])]
         who = f"rank {root[1]} of {ranks} ended with exit code {root[2]}" if root else f"{ranks} ranks failed"
         raise UserError(": ".join([who, *errors[:1]]))
 

@@ -28,7 +28,6 @@ from attnlib.timing.clock import (
     milliseconds,
     milliseconds_alone,
     time_passes,
-    warm_up,
 )
 from attnlib.timing.machine import square_product
 from attnlib.timing.sweep import Job, Row, point_name
@@ -51,6 +50,19 @@ def passes(variant: Variant, shape: Shape, device: str, phase: str, seed: int) -
     o = variant.fn(*inputs, causal=shape.causal)
     do = torch.randn_like(o)
     return lambda: torch.autograd.grad(o, inputs, do, retain_graph=True)
+
+
+def warm_up(functions: Sequence[Callable], device: str | torch.device) -> float:
+    """Call each function, on a GPU twice. Returns the longest that the host took to launch the second call, in ms."""
+    on_gpu, slowest = torch.device(device).type == "cuda", 0.0
+    for fn in functions:
+        fn()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+            begun = time.perf_counter()
+            fn()
+            slowest = max(slowest, 1e3 * (time.perf_counter() - begun))
+    return slowest
 
 
 def batch(

@@ -33,6 +33,7 @@ from report.accuracy import RESULTS, Task, compared, draw_inputs
 PAPER = ((16, 32, 64, 128, 256), (1, 2, 4, 6, 12))  # the paper's own, smaller: 6 and 12 do not divide
 UNSEEN = ((7, 50), (2, 3))  # some queries see nothing
 MIXED = ((50, 7), (3, 1))
+PARTLY = ((4, 3), (2, 3))  # of 16 positions whole segments of one branch fill a rank, of the other a part of it
 DRAWS = 2
 
 
@@ -83,6 +84,7 @@ def cases(device):
             found.append(Case("ulysses", ranks, Shape(1, 12, 61, 8, dtype, causal), causal))
             for branches in (PAPER, UNSEEN, MIXED):
                 found.append(Case("dilated", ranks, Shape(1, 3, 301, 8, dtype, causal), False, branches))
+            found.append(Case("dilated", ranks, Shape(1, 3, 16, 8, dtype, causal), False, PARTLY))
         few = Shape(1, 2, 8, 4, causal=True)
         return [
             *found,
@@ -234,6 +236,18 @@ def dying():
     parallel.ring_attention(x, x, x, parallel.shards(16, 2), link)
 
 
+def test_ranks_that_disagree_are_told():
+    with pytest.raises(UserError, match=r"^rank \d of 2 [^\n]*ranks call with different arguments[^\n]*$"):
+        together(__file__, 2, "differ")
+
+
+def differing():
+    """Rank 1 has another type."""
+    link = parallel.connect("cpu")
+    x = torch.randn(1, 2, 8, 4, dtype=(torch.float32, torch.bfloat16)[link.rank])
+    parallel.ring_attention(x, x, x, parallel.shards(16, 2), link)
+
+
 @pytest.mark.ci
 def test_two_hosts(tmp_path):
     """The same by two torchruns that find each other on loopback, as on two hosts, two processes each."""
@@ -277,7 +291,7 @@ def test_zigzag_shares_a_causal_mask_equally():
 def test_what_cannot_be_gets_one_line(scheme, layout, heads, message):
     options = {"segment_lengths": (4,), "dilation_rates": (1,)} if scheme == "dilated" else {}
     with pytest.raises(UserError, match=f"{re.escape(message)}[^\n]*$"):
-        link = SimpleNamespace(rank=0, ranks=2)
+        link = SimpleNamespace(rank=0, ranks=2, agree=lambda *how: None)
         SCHEMES[scheme](*Shape(1, heads, 8, 4).inputs(), layout, link, **options)
 
 
@@ -287,4 +301,5 @@ def test_more_runs_than_positions_are_refused():
 
 
 if __name__ == "__main__":
-    dying() if sys.argv[1] == "die" else process(*sys.argv[2:])
+    script, *given = sys.argv[1:]
+    {"die": dying, "differ": differing, "process": process}[script](*given)

@@ -30,13 +30,13 @@ from attnlib.timing.clock import (
     milliseconds,
     statistics,
     time_passes,
-    warm_up,
 )
 from attnlib.timing.measure import measure, out_of_memory, sample_counts
 from attnlib.timing.sweep import point_jobs, run_jobs
 from attnlib.timing.worker import Worker
 from report.floor import floor, operations, rate_at
 from report.predicted import with_floors
+from report.race import warm_up
 from report.stored import load, machine_of
 
 

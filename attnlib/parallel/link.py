@@ -2,12 +2,15 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from attnlib.core import UserError
 
 Ends = tuple[int, Sequence[Tensor]]  # a rank of the group, and contiguous tensors for it, or from it
 
@@ -18,7 +21,16 @@ class Link:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group or dist.group.WORLD
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.sent = Counter[str]()
+        self.sent, self.agreed = Counter[str](), set[tuple]()
+
+    def agree(self, *how: Hashable) -> None:
+        """Raise UserError on every rank unless all say the same; they are asked once for each `how`."""
+        if how not in self.agreed:
+            said: list[Any] = [None] * self.ranks
+            dist.all_gather_object(said, how, group=self.group)
+            if unlike := [f"rank {at} with {one}" for at, one in enumerate(said) if one != said[0]]:
+                raise UserError(f"ranks call with different arguments: rank 0 with {said[0]}, {unlike[0]}")
+            self.agreed.add(how)
 
     def begin(self, what: str, name: int, give: Ends, take: Ends) -> Callable[[], Sequence[Tensor]]:
         """Begin to send tensors and to fill others. Returns what waits for both (on a GPU its stream, not the host),

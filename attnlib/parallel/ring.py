@@ -3,7 +3,7 @@
 Parts are merged and differentiated as in dilated attention; each rank sends its rows straight to whoever sees them.
 Sources: Liu et al. 2023, "Ring Attention with Blockwise Transformers"; for zigzag, zhuzilin/ring-flash-attention."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -91,10 +91,11 @@ RING = differentiable("ring attention", ring_forward, ring_backward)
 
 
 def rank_inputs(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, link: Link, causal: bool, kernel: str | None
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, link: Link, causal: bool, kernel: str | None, *more: Hashable
 ) -> tuple[Tensor, Tensor, Tensor, Kernel]:
-    """q, k, v, `checked`, and the kernel. Raises UserError also where ranks or rows are not those of the layout."""
+    """q, k, v, `checked`, and the kernel. Raises UserError also for rows not of the layout, and ranks that disagree."""
     q, k, v = checked(q, k, v, causal)
+    link.agree(tuple(q.shape[:2]), q.shape[3], str(q.dtype), causal, layout, *more)
     held, there = [sum(map(len, runs)) for runs in layout], f"rank {link.rank} of {link.ranks} has {q.shape[2]}"
     if len(held) != link.ranks or held[link.rank] != q.shape[2]:
         raise UserError(f"by the layout {len(held)} ranks hold {', '.join(map(str, held))} rows; {there}")

@@ -93,7 +93,8 @@ def shared_forward(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Sequence[Tenso
     """o and its log-sum-exp, of a rank."""
     lowest = torch.finfo(torch.float32).min / 2  # below any log-sum-exp, but two infinite ones would have no difference
     nothing = lambda: (torch.zeros_like(q), q.new_full(q.shape[:3], lowest, dtype=torch.float32))  # noqa: E731
-    return collected(nothing, (q, k, v), dilated_forward, ring_forward, lambda all, part: merge(*all, *part), *how)
+    put = lambda all, part: merge(all[0], all[1], part[0], part[1].clamp(min=lowest))  # noqa: E731
+    return collected(nothing, (q, k, v), dilated_forward, ring_forward, put, *how)
 
 
 def shared_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *how: Any) -> Sequence[Tensor]:
@@ -112,9 +113,9 @@ def dilated_attention(
 ) -> Tensor:  # fmt: skip
     """What `dilated` computes, called as `ring.ring_attention`, on a layout without zigzag: of a segment that lies in a
     rank's rows nothing is exchanged, of another the rows that its heads keep. Raises UserError as both do."""
-    *inputs, flash = rank_inputs(q, k, v, layout, link, causal, kernel)
+    branches = branches_of(segment_lengths, dilation_rates, head_offsets)
+    *inputs, flash = rank_inputs(q, k, v, layout, link, causal, kernel, branches, head_offsets)
     runs, *mirrored = zip(*layout, strict=True)
     if mirrored:
         raise UserError("dilated_attention wants neighbouring positions on a rank: shards without zigzag")
-    branches = branches_of(segment_lengths, dilation_rates, head_offsets)
     return SHARED.apply(*inputs, runs, link, flash, branches, head_offsets, causal)[0]

@@ -32,19 +32,6 @@ def settle(device: str | torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def warm_up(functions: Sequence[Callable], device: str | torch.device) -> float:
-    """Call each function, on a GPU twice. Returns the longest that the host took to launch the second call, in ms."""
-    on_gpu, slowest = torch.device(device).type == "cuda", 0.0
-    for fn in functions:
-        fn()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-            begun = time.perf_counter()
-            fn()
-            slowest = max(slowest, 1e3 * (time.perf_counter() - begun))
-    return slowest
-
-
 def estimate(fn: Callable, device: str | torch.device, budget_s: float) -> tuple[float, float]:
     """Seconds that one call takes, and milliseconds that the host takes to launch it (0 on a CPU): the least of up to
     WARM_UPS calls, each alone, no more of them once half of `budget_s` is spent, but one at least; on a GPU, where the
