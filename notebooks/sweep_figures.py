@@ -140,4 +140,4 @@ def in_short(rows: pd.DataFrame) -> str:
     ]
     lost = rows[(rows["head_dim"] == 64) & (rows["status"] == "oom")]["seq_len"]
     stops = f" Memory ends the first of them at N = {lost.min():,}." if len(lost) else ""
-    return f"**In short.** A training pass over N = {longest:,} positions takes, and holds at its peak: {', '.join(cells)}.{stops}"
+    return f"**In short.** A training pass over N = {longest:,} positions (batch {at['batch'].iloc[0]}, one head of 64, float32) takes, and holds at its peak: {', '.join(cells)}.{stops}"

@@ -133,14 +133,14 @@ def notes_of(folder: str, machine: Machine) -> list[str]:
 
 def several_sessions(paths: list[Path], machine: Machine) -> str | None:
     """A sentence on which chapters' rows are of one session on one machine, and which of another; None if all are."""
-    known, found = machines(paths[0].parent) if paths else {}, dict[str, set[int]]()
+    known, found = machines(paths[0].parent) if paths else {}, dict[str, set[str]]()
     for path in paths:
         one = pd.read_csv(path, usecols=["machine"], nrows=1)["machine"].iloc[0]
         if known[one]["torch"] == machine.torch:  # what another PyTorch left says so itself
-            found.setdefault(one, set()).add(int(path.name[:2]))
+            found.setdefault(one, set()).add({"07": "the first appendix"}.get(path.name[:2], path.name[1]))
     if len(found) < 2:
         return None
-    told = " and ".join(f"those of chapters {', '.join(map(str, sorted(chapters)))}" for chapters in found.values())
+    told = " and ".join(f"those of chapters {', '.join(sorted(chapters))}" for chapters in found.values())
     return f"The rows were measured in {len(found)} sessions, {told}; hosts and clocks may differ between them."
 
 
