@@ -196,7 +196,7 @@ def test_only_works_on_a_machine_without_any_data(copy, build, executed):
     """It measures what it was asked for, and leaves out the rest."""
     shutil.rmtree(copy / "data" / "nvidia-h200")
     assert build("measure", "--device", "cpu", "--profile", "quick", "--only", "02") == (0, "")
-    assert executed.ran == [("02", False), ("06", True), ("07", True), ("00", True)] and len(executed.notices) >= 3
+    assert executed.ran == [("02", False), ("07", True), ("00", True)] and len(executed.notices) >= 3
     (out,) = (path for path in (copy / "build").iterdir() if path.name != "jupyter")
     stub = nbformat.read(out / "notebooks" / "01_naive_sweep.ipynb", 4).cells[0].source
     assert "`make report PROFILE=quick ONLY=01`" in stub
