@@ -128,11 +128,11 @@ def notes_of(folder: str, machine: Machine) -> list[str]:
     """What a reader must know of the machine, in sentences: who else used it, and whether its power limit held it."""
     paths = sorted((ROOT / "data" / folder).glob("[0-9]*.csv"))
     powers = [w for path in paths for w in pd.read_csv(path, usecols=lambda name: name == "power_w").get("power_w", [])]
-    return [*machine.notes, *filter(None, [at_power_limit(powers, machine), several_sessions(paths, machine)])]
+    return [*machine.notes, *filter(None, [at_power_limit(powers, machine), several_occasions(paths, machine)])]
 
 
-def several_sessions(paths: list[Path], machine: Machine) -> str | None:
-    """A sentence on which chapters' rows are of one session on one machine, and which of another; None if all are."""
+def several_occasions(paths: list[Path], machine: Machine) -> str | None:
+    """A sentence on which chapters' rows are of one occasion on one machine, and which of another; None if all are."""
     known, found = machines(paths[0].parent) if paths else {}, dict[str, set[str]]()
     for path in paths:
         one = pd.read_csv(path, usecols=["machine"], nrows=1)["machine"].iloc[0]
@@ -141,7 +141,7 @@ def several_sessions(paths: list[Path], machine: Machine) -> str | None:
     if len(found) < 2:
         return None
     told = " and ".join(f"those of chapters {', '.join(sorted(chapters))}" for chapters in found.values())
-    return f"The rows were measured in {len(found)} sessions, {told}; hosts and clocks may differ between them."
+    return f"The rows were measured on {len(found)} occasions, {told}; hosts and clocks may differ between them."
 
 
 def published_rows(name: str) -> pd.DataFrame:

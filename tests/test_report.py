@@ -52,7 +52,7 @@ def copy(tmp_path, monkeypatch) -> Path:
     for folder in ("attnlib", "report", "notebooks", "data/nvidia-h200", "data/published", "figures/nvidia-h200"):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignore)
     monkeypatch.setattr(stored, "ROOT", root)
-    for notes in ("at_power_limit", "several_sessions"):  # what it was then is another test's matter
+    for notes in ("at_power_limit", "several_occasions"):  # what it was then is another test's matter
         monkeypatch.setattr(stored, notes, lambda *_: None)
     monkeypatch.setattr(building, "ROOT", root)
     monkeypatch.setattr(exporting, "HERE", root / "report")

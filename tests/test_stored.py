@@ -168,7 +168,7 @@ def test_a_replay_says_which_rows_are_missing(tmp_path, monkeypatch):
 
 def test_a_reader_is_told_who_else_used_the_gpu_and_whether_its_power_limit_held_it(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "ROOT", tmp_path)
-    monkeypatch.setattr(stored, "several_sessions", lambda *_: None)
+    monkeypatch.setattr(stored, "several_occasions", lambda *_: None)
     folder = tmp_path / "data" / "x"
     folder.mkdir(parents=True)
     pd.DataFrame({"power_w": [100.0, 699.0, None]}).to_csv(folder / "01_a.csv")
@@ -179,13 +179,13 @@ def test_a_reader_is_told_who_else_used_the_gpu_and_whether_its_power_limit_held
     assert stored.notes_of("x", Machine("cuda")) == []
 
 
-def test_rows_of_several_sessions_are_told_apart(tmp_path, monkeypatch):
+def test_rows_of_several_occasions_are_told_apart(tmp_path, monkeypatch):
     """But not those that another PyTorch left, which say so themselves."""
     torch_of = {"a": "2.11", "b": "2.11", "c": "2.14"}
     monkeypatch.setattr(stored, "machines", lambda _: {one: {"torch": torch} for one, torch in torch_of.items()})
     paths = [tmp_path / f"{name}.csv" for name in ("01_x", "03_x", "05_x", "07_x")]
     for path, one in zip(paths, ("a", "b", "c", "b"), strict=True):
         pd.DataFrame({"machine": [one]}).to_csv(path, index=False)
-    told = stored.several_sessions(paths, Machine("cuda", torch="2.11"))
-    assert "2 sessions, those of chapters 1 and those of chapters 3, the first appendix;" in told
-    assert stored.several_sessions(paths[:1], Machine("cuda", torch="2.11")) is None
+    told = stored.several_occasions(paths, Machine("cuda", torch="2.11"))
+    assert "2 occasions, those of chapters 1 and those of chapters 3, the first appendix;" in told
+    assert stored.several_occasions(paths[:1], Machine("cuda", torch="2.11")) is None
