@@ -27,7 +27,7 @@ from attnlib.memory.allocator import observe
 from attnlib.parallel.layout import Place
 from attnlib.parallel.shared import plan
 from notebooks.rank_laws import branches_sent, ring_law, ring_sent, ulysses_sent
-from notebooks.ranks import SCHEMES, together
+from notebooks.ranks import SCHEMES, Found, together
 from report.accuracy import RESULTS, Task, compared, draw_inputs
 
 PAPER = ((16, 32, 64, 128, 256), (1, 2, 4, 6, 12))  # the paper's own, smaller: 6 and 12 do not divide
@@ -150,19 +150,6 @@ def process(folder, device):
     memory = [held(*one, of(one[0]), device) if link.rank < one[0] else None for one in memory_cases(device)]
     torch.save((found, memory), Path(folder) / f"{link.rank}.pt")
     dist.barrier()
-
-
-class Found(torch.autograd.Function):
-    """Results that were computed elsewhere, as a function."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, o, *grads):
-        ctx.grads = grads
-        return o
-
-    @staticmethod
-    def backward(ctx, do):
-        return *ctx.grads, None, None, None, None
 
 
 def check(device, folder):
