@@ -139,7 +139,9 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-            grads = (None,) * 3 if do is None else Gradients.apply(do, *ctx.saved_tensors, *ctx.how)
+            watched = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+            gradients = Gradients.apply if watched else back  # which is faster
+            grads = (None,) * 3 if do is None else gradients(do, *ctx.saved_tensors, *ctx.how)
             return *grads, *(None for _ in ctx.how)
 
     for one in (Gradients, Attention):

@@ -10,7 +10,7 @@ from attnlib.core import Machine
 from attnlib.dilated.attention import dilated_variant
 from attnlib.laws import law_of
 from attnlib.rows import SIZES, shape_of
-from attnlib.variants.block import in_block
+from notebooks.block import in_block
 from report import plots
 from report.forecast import Forecast, forecasts
 from report.run import Run

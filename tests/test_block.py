@@ -10,7 +10,7 @@ from attnlib.memory.check import compare, mismatches, observed, with_observed
 from attnlib.memory.ledger import ledger
 from attnlib.timing.measure import measure
 from attnlib.timing.sweep import observation_jobs
-from attnlib.variants.block import block_inputs, in_block, transformer_block
+from notebooks.block import block_inputs, in_block, transformer_block
 from report.race import batch, passes
 
 

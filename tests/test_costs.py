@@ -13,9 +13,9 @@ from attnlib.dilated.attention import dilated_variant
 from attnlib.laws import useful_flops
 from attnlib.memory import check
 from attnlib.memory.ledger import ledger
-from attnlib.variants.block import in_block
 from attnlib.variants.sdpa_laws import REPEATABLE_LAWS
 from notebooks import bill
+from notebooks.block import in_block
 from report import anatomy, forecast
 from report.skipping import NotMeasured
 

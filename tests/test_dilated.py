@@ -13,7 +13,7 @@ from attnlib.core import Machine, Shape, UserError
 from attnlib.dilated import dilated, dilated_reference, law
 from attnlib.dilated.attention import dilated_variant, planned
 from attnlib.dilated.definition import dilated_reach
-from attnlib.dilated.kernels import KERNELS
+from attnlib.dilated.kernels import KERNELS, chosen, takes_all
 from attnlib.dilated.packing import MAX_BYTES, blocks_of, packing_of
 from attnlib.dilated.views import HEAD_OFFSETS, MAX_GRID_AXIS, branch_views
 from attnlib.laws import ACCOUNTS, evaluate, law_of
@@ -38,8 +38,9 @@ CONFIGS = [
 
 
 def by_kernels(widths, rates, head_offsets, shape, device):
-    """`{name: variant}`: dilated attention by each kernel that takes such a shape there."""
-    made = {name: dilated_variant(name, widths, rates, head_offsets, name) for name in KERNELS}
+    """`{name: variant}`: dilated attention by each kernel that takes such a shape there, and on a GPU by default."""
+    names = [*KERNELS, *[None] * (torch.device(device).type == "cuda")]
+    made = {name: dilated_variant(str(name), widths, rates, head_offsets, name) for name in names}
     return {name: variant for name, variant in made.items() if not variant.needs(shape, device)}
 
 
@@ -111,9 +112,27 @@ def test_short_sequences_are_packed_on_a_gpu():
     ways = {
         n: packing_of(Shape(1, 4, n, 64, "bfloat16"), branches, "modulo", Machine("cuda")) for n in (64, long, 2 * long)
     }
-    assert ways[64].groups == [(4 * (4 + 2 + 1), 16)] and ways[long] and not ways[2 * long]
+    assert ways[64].groups == ((4 * (4 + 2 + 1), 16),) and ways[long] and not ways[2 * long]
     assert packing_of(Shape(1, 4, 64, 64), branches, "modulo", Machine("cpu")) is None
     assert packing_of(Shape(1, 4, 64, 64), ((64, 1),), "modulo", Machine("cuda")) is None, "one call as it is"
+
+
+def test_one_kernel_takes_all_that_is_packed_where_that_saves_calls_or_it_is_asked_for():
+    """FlashAttention-2; no other takes segments of unlike lengths, and who asks for another gets it."""
+    few, many = (Shape(1, 4, n, 64, "bfloat16") for n in (64, 32))
+    branches, gpu = ((16, 1), (32, 2), (64, 4)), Machine("cuda")
+    for shape, name, taken in (
+        (few, None, False),  # one call of any kernel does
+        (few, "flash", True),
+        (many, None, True),  # three, for segments of 16, of 16 and of 8 rows
+        (many, "cudnn", False),
+        (Shape(1, 4, 32, 64), None, False),  # no float32
+    ):
+        own = ((16, 1), (32, 2), (32, 4), (32, 8)) if shape.seq_len == 32 else branches
+        packing = packing_of(shape, own, "modulo", gpu)
+        kernel = KERNELS[name] if name else chosen(None, shape, gpu)
+        assert takes_all(kernel, bool(name), packing, shape, gpu) == taken, (shape, name, packing)
+        assert packing.whole.groups == ((1, sum(packing.sizes)),)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from attnlib.core import PHASES, Shape
 from attnlib.laws import bytes_needed
 from attnlib.memory.fit import at_length
 from attnlib.timing.worker import Worker
-from attnlib.variants.block import in_block
+from notebooks.block import in_block
 from report import frontier, tables
 
 GIB = 2**30

@@ -5,8 +5,8 @@ from conftest import CPU_DATA
 
 from attnlib import VARIANTS
 from attnlib.core import Shape
-from attnlib.variants.block import in_block
 from notebooks import traffic
+from notebooks.block import in_block
 from notebooks.races import ledger_traffic
 from report.stored import machine_of
 

@@ -7,7 +7,7 @@ import torch
 
 from attnlib import FAMILIES, VARIANTS
 from attnlib.core import DTYPES, Shape
-from attnlib.variants.block import in_block
+from notebooks.block import in_block
 from report.accuracy import RESULTS, compared, in_order_matmul, three_tf32_matmul
 
 SHAPES = [(1, 1, 1, 1), (2, 1, 2, 3), (1, 2, 63, 1), (2, 3, 111, 17), (1, 1, 1000, 64), (3, 1, 1, 8), (2, 3, 111, 32)]

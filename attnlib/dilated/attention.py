@@ -22,7 +22,7 @@ from attnlib.calling import cast, checked, differentiable, folding, refuse_causa
 from attnlib.core import Machine, Shape
 from attnlib.dilated import views
 from attnlib.dilated.definition import branches_of, dilated_reach, dilated_reference
-from attnlib.dilated.kernels import Kernel, chosen, kernel_called, workspace_of
+from attnlib.dilated.kernels import Kernel, at_once, chosen, kernel_called, takes_all, workspace_of
 from attnlib.dilated.law import dilated_law, refusal
 from attnlib.dilated.merging import add, join, merge, pack, total
 from attnlib.dilated.packing import Packing, packing_of
@@ -41,6 +41,8 @@ DILATED_FORWARD, DILATED_BACKWARD = torch.ops.attnlib.dilated.default, torch.ops
 
 def in_rows(x: Tensor) -> Tensor:
     """x in rows of D numbers that do not overlap, as all kernels want: itself, or a copy, as of o.sum()'s gradient."""
+    if x.is_contiguous():  # told at once, and the usual case
+        return x
     apart = all(stride >= x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
     return x if apart and x.stride(-1) == 1 else x.contiguous()
 
@@ -58,8 +60,10 @@ def planned(
     can_fold = views.can_fold_batch_into_heads(batch, heads, rates, head_offsets)
     folded = views.all_views(1, batch * heads, seq_len, branches, head_offsets) if can_fold else []
     calls = views.all_views(batch, heads, seq_len, branches, head_offsets)
-    packing = packing_of(shape, branches, head_offsets, Machine.of(device))
-    return chosen(kernel or None, shape, device), packing, calls, folded
+    packing, use = packing_of(shape, branches, head_offsets, Machine.of(device)), chosen(kernel or None, shape, device)
+    if packing and takes_all(use, bool(kernel), packing, shape, Machine.of(device)):
+        return at_once(packing, device), packing.whole, calls, folded
+    return use, packing, calls, folded
 
 
 def in_views(tensors: Sequence[Tensor], calls: list[View], folded: list[View]) -> tuple[list[View], list[Tensor]]:
@@ -184,7 +188,8 @@ def dilated(
     dilation_rates: r of each branch, from 1 to its w: of each segment a head keeps every r-th row.
     causal: whether a query sees no key after itself.
     head_offsets: the first row of a segment that head j keeps, j mod r ("modulo", the paper) or j // ⌈H/r⌉ ("grouped").
-    kernel: which one of kernels.KERNELS runs underneath; by default the first that takes such inputs.
+    kernel: which one of kernels.KERNELS runs underneath; by default the first that takes such inputs, or for short
+        sequences FlashAttention-2, where one call of it does for three or more of another's.
 
     Saved for the backward pass are the output and one float32 per row and head. A query that no branch keeps gives 0,
     with gradient 0. float64 is computed by dilated_reference. Raises UserError as that does, and for a kernel that

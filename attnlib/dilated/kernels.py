@@ -3,8 +3,9 @@
 What torch.autograd hides is needed by name where attention is put together from parts. Tensors are `[b, h, n, D]`, any
 strides with D contiguous; a log-sum-exp is `[b, h, n]` in float32. Nothing random: dropout is 0."""
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from attnlib.core import HALF, Device, Machine, Shape, UserError, needs_cuda
 from attnlib.dilated.law import Workspace
 from attnlib.dilated.merging import packed
+from attnlib.dilated.packing import Packing
 from attnlib.dilated.views import MAX_GRID_AXIS
+from attnlib.laws import N
 from attnlib.variants import sdpa_laws as known
 
 aten = torch.ops.aten
@@ -145,10 +148,42 @@ def chosen(name: str | None, shape: Shape, machine: Device) -> Kernel:
     raise UserError(nothing if name is None else reasons[0])
 
 
-def workspace_of(name: str | None, shape: Shape, machine: Machine) -> Workspace:
-    """The memory of the kernel called `name`, wherever that may run, or of the one `chosen` for such a shape. Raises
-    UserError where there is none, or where its memory on views is not known."""
+def takes_all(kernel: Kernel, asked: bool, packing: Packing, shape: Shape, machine: Machine) -> bool:
+    """Whether FlashAttention-2 takes all that is packed at once: asked for, or since it saves two calls or more."""
+    pays = not asked and len(packing.groups) > 2 and KERNELS["flash"].needs(shape, machine) is None
+    return pays or kernel.name == "flash"
+
+
+def whole_workspace(many: int) -> Workspace:
+    """What `at_once` takes for so many segments: of each, the accumulator of dq has 128 rows more."""
+    return Workspace(24, 4 * (N + 128 * many) * (known.D32 + 1) + 16, at_once=True)
+
+
+def at_once(packing: Packing, device: torch.device) -> Kernel:
+    """FlashAttention-2 in one call for all segments, however long each is, of packed rows `[1, 1, T, D]`."""
+    lengths = [rows for many, rows in packing.groups for _ in range(many)]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    how = ends, ends, max(lengths), max(lengths), 0.0
+    rows_of = lambda *tensors: (x.view(-1, 1, x.shape[-1]) for x in tensors)  # noqa: E731
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
+        o, lse = aten._flash_attention_forward(*rows_of(q, k, v), *how, causal, False)[:2]
+        return o.view(q.shape), lse.view(q.shape[:3])
+
+    def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool) -> Tensors:
+        seed = torch.empty(2, dtype=torch.uint64, device=device)
+        grads = aten._flash_attention_backward(*rows_of(do, q, k, v, o), lse[0], *how, causal, seed, seed[:0])
+        return [x.view(q.shape) for x in grads]
+
+    return replace(KERNELS["flash"], forward=forward, backward=backward, workspace=whole_workspace(len(lengths)))
+
+
+def workspace_of(name: str | None, shape: Shape, machine: Machine, packing: Packing | None = None) -> Workspace:
+    """The memory of the kernel called `name`, wherever that may run, or of the one `chosen` for such a shape, or for
+    rows that are packed so. Raises UserError where there is none, or where its memory on views is not known."""
     kernel = KERNELS[name] if name else chosen(None, shape, machine)
+    if packing and takes_all(kernel, bool(name), packing, shape, machine):
+        return whole_workspace(sum(many for many, _ in packing.groups))
     if kernel.workspace is None:
         raise UserError(f"the memory of the {kernel.name} kernel on views is not known")
     return kernel.workspace

@@ -30,13 +30,14 @@ class Workspace:
     backward: Formula
     copies: int = 0  # how many tensors its backward pass copies where rows are not contiguous
     one_row: Workspace | None = None  # of the kernel that takes single rows in its place, where it refuses them
+    at_once: bool = False  # whether one call takes all packed rows
 
     def of(self, rows: int) -> Workspace:
         """That of the kernel that takes segments of so many rows."""
         return self.one_row if rows == 1 and self.one_row else self
 
 
-WorkspaceOf = Callable[[Shape, Machine], Workspace]  # raises UserError where there is none, or it is not known
+WorkspaceOf = Callable[..., Workspace]  # of shape, machine and packing; raises UserError where there is none known
 
 
 def refusal(ask: Callable[[Shape, Machine], object], shape: Shape, machine: Machine) -> str | None:
@@ -97,7 +98,9 @@ def packed_largest(
     phase: str, branches: Branches, head_offsets: str, workspace: WorkspaceOf, shape: Shape, machine: Machine
 ) -> dict[str, int]:
     """PACKED_TERMS in bytes of the call that holds the most, and "all results" at the end; 0 where none are packed."""
-    kernel, packing = workspace(shape, machine), packing_of(shape, branches, head_offsets, machine)
+    packing = packing_of(shape, branches, head_offsets, machine)
+    kernel = workspace(shape, machine, packing)
+    packing = packing.whole if packing and kernel.at_once else packing
     found, row = [dict.fromkeys(PACKED_TERMS, 0)], shape.head_dim * shape.element_size
     inputs, outputs = (3 * row, row + 4) if phase == "forward" else (5 * row + 4, 3 * row)
     for many, rows in packing.groups if packing else ():

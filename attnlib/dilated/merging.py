@@ -91,7 +91,7 @@ def pack(packing: Packing, tensors: Sequence[Tensor], lse: Tensor | None = None)
     like, total = tensors[0], sum(packing.sizes)
     rows = like.new_empty(len(tensors), total, like.shape[-1])
     lse_rows = None if lse is None else lse.new_empty(1, total)
-    launch(pack_rows, like, tuple(tensors), strides(tensors), rows, lse, lse_rows, total, packing.in_whole)
+    launch(pack_rows, like, tuple(tensors), strides(tensors), rows, lse, lse_rows, total, packing.whole.in_groups)
     groups = [x.unbind() for x in by_group(packing, rows)]
     if lse_rows is None:
         return groups

@@ -2,11 +2,12 @@
 
 Where attention itself takes microseconds, a call costs what the host needs to start all its parts, and copying is
 cheap: one kernel packs the kept rows, a flash kernel goes once through all segments of as many rows, whatever their
-branch and head, and one kernel joins what belongs to one row (module `merging`)."""
+branch and head, or at once through all there are (`kernels.at_once`), and one kernel joins what belongs to one row
+(module `merging`)."""
 
 import itertools
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -39,9 +40,9 @@ class Block(NamedTuple):
 class Packing:
     """Which rows lie where."""
 
-    groups: list[tuple[int, int]]  # how many segments of how many kept rows a call of the kernel takes
-    at: list[int]  # of each block, its group
-    blocks: list[Block]
+    groups: tuple[tuple[int, int], ...]  # how many segments of how many kept rows a call of the kernel takes
+    at: tuple[int, ...]  # of each block, its group
+    blocks: tuple[Block, ...]
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -55,11 +56,11 @@ class Packing:
         return tuple(tuple(2 * number + 3 for number in block) for block in self.blocks)
 
     @cached_property
-    def in_whole(self) -> Told:
-        """The same in one tensor for all groups."""
+    def whole(self) -> "Packing":
+        """The same rows as one group of one segment: all in one tensor."""
         ends = [0, *itertools.accumulate(self.sizes)]
-        moved = [x._replace(base=x.base + ends[at]) for x, at in zip(self.blocks, self.at, strict=True)]
-        return replace(self, blocks=moved).in_groups
+        moved = tuple(x._replace(base=x.base + ends[at]) for x, at in zip(self.blocks, self.at, strict=True))
+        return Packing(((1, ends[-1]),), (0,) * len(moved), moved)
 
 
 def blocks_of(heads: int, seq_len: int, branches: Branches, head_offsets: str) -> list[Block]:
@@ -101,4 +102,4 @@ def packing_of(shape: Shape, branches: Branches, head_offsets: str, machine: Mac
     too_many = max(many for many, _ in groups) > MAX_GRID_AXIS
     if too_many or len(groups) + 1 >= len(all_views(*sizes, branches, head_offsets)):
         return None
-    return Packing(groups, at, placed)
+    return Packing(tuple(groups), tuple(at), tuple(placed))

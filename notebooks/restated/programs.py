@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from attnlib.core import DTYPES, PHASES, Shape
 from attnlib.laws import LINEAR, ROWS, SCORES, SCORES32, Law, Variant, evaluate
 from attnlib.timing.clock import FEWEST
-from attnlib.variants.block import block_inputs, transformer_block
 from attnlib.variants.naive import MASK, NAIVE, NAIVE_CUSTOM, scaled_scores
+from notebooks.block import block_inputs, transformer_block
 from report.stored import published_rows
 from report.tables import NO_FIGURE, digits, table
 
