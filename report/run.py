@@ -100,7 +100,7 @@ class Run:
         if not self.replay:
             apart = lanes > 1 or any(job.process is not None or job.here for job in jobs)
             room_bytes = self.worker.call(memory_free, self.device) if lanes > 1 else 0
-            if apart:
+            if lanes > 1:
                 self.worker.stop()  # it gives the device back, so that all of it can be had
             self._collect(name, jobs, worker=None if apart else self.worker, lanes=lanes, room_bytes=room_bytes)
             if not self.path(name).exists():
