@@ -13,7 +13,7 @@ from attnlib.core import Machine, Shape, UserError
 from attnlib.dilated import dilated, dilated_reference, law
 from attnlib.dilated.attention import dilated_variant, planned
 from attnlib.dilated.definition import dilated_reach
-from attnlib.dilated.kernels import KERNELS, chosen, takes_all
+from attnlib.dilated.kernels import KERNELS, takes_all, workspace_of
 from attnlib.dilated.packing import MAX_BYTES, blocks_of, packing_of
 from attnlib.dilated.views import HEAD_OFFSETS, MAX_GRID_AXIS, branch_views
 from attnlib.laws import ACCOUNTS, evaluate, law_of
@@ -117,22 +117,17 @@ def test_short_sequences_are_packed_on_a_gpu():
     assert packing_of(Shape(1, 4, 64, 64), ((64, 1),), "modulo", Machine("cuda")) is None, "one call as it is"
 
 
-def test_one_kernel_takes_all_that_is_packed_where_that_saves_calls_or_it_is_asked_for():
-    """FlashAttention-2; no other takes segments of unlike lengths, and who asks for another gets it."""
-    few, many = (Shape(1, 4, n, 64, "bfloat16") for n in (64, 32))
-    branches, gpu = ((16, 1), (32, 2), (64, 4)), Machine("cuda")
-    for shape, name, taken in (
-        (few, None, False),  # one call of any kernel does
-        (few, "flash", True),
-        (many, None, True),  # three, for segments of 16, of 16 and of 8 rows
-        (many, "cudnn", False),
-        (Shape(1, 4, 32, 64), None, False),  # no float32
-    ):
-        own = ((16, 1), (32, 2), (32, 4), (32, 8)) if shape.seq_len == 32 else branches
-        packing = packing_of(shape, own, "modulo", gpu)
-        kernel = KERNELS[name] if name else chosen(None, shape, gpu)
-        assert takes_all(kernel, bool(name), packing, shape, gpu) == taken, (shape, name, packing)
-        assert packing.whole.groups == ((1, sum(packing.sizes)),)
+def test_one_kernel_takes_all_that_is_packed_where_that_saves_calls():
+    """FlashAttention-2; no other takes segments of unlike lengths, and who asks for a kernel gets it."""
+    nested, unlike, gpu = ((16, 1), (32, 2), (64, 4)), ((16, 1), (32, 2), (32, 4), (32, 8)), Machine("cuda")
+    for branches, dtype, taken in ((nested, "bfloat16", False), (unlike, "bfloat16", True), (unlike, "float32", False)):
+        shape = Shape(1, 4, 64, 64, dtype)
+        packing = packing_of(shape, branches, "modulo", gpu)
+        assert takes_all(packing, shape, gpu) == taken
+        assert packing.whole.groups == ((1, sum(packing.sizes)),) and packing.whole.whole == packing.whole
+        for name in (None, "flash"):
+            asked = workspace_of(name, shape, gpu, packing) if dtype != "float32" else None
+            assert asked is None or asked.at_once == (taken and not name)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ if known := getattr(torch.ops.attnlib, "library", None):
 LIBRARY = torch.ops.attnlib.library = torch.library.Library("attnlib", "DEF")
 LIBRARY.define(f"dilated({INPUTS}, {HOW}) -> (Tensor, Tensor)")
 LIBRARY.define(f"dilated_backward(Tensor do, {INPUTS}, Tensor o, Tensor lse, {HOW}) -> (Tensor, Tensor, Tensor)")
+SEVERAL = "several"  # the default kernel, without one call for all
 DILATED_FORWARD, DILATED_BACKWARD = torch.ops.attnlib.dilated.default, torch.ops.attnlib.dilated_backward.default
 
 
@@ -52,18 +53,18 @@ def planned(
     sizes: torch.Size, dtype: torch.dtype, device: torch.device,
     widths: Sequence[int], rates: Sequence[int], causal: bool, head_offsets: str, kernel: str,
 ) -> tuple[Kernel, Packing | None, list[View], list[View]]:  # fmt: skip
-    """The kernel to call, how rows are packed if they are, and the views without and with a batch that is folded into
-    the heads, the latter none where it may not be. Raises UserError for what `branches_of` and `chosen` refuse."""
+    """The kernel to call, how rows are packed if they are, and the views without and with a batch folded into the
+    heads, none where it may not be. kernel: its name, "" by default, or SEVERAL. Raises UserError as `chosen` does."""
     branches = branches_of(widths, rates, head_offsets)
     batch, heads, seq_len, head_dim = sizes
     shape = Shape(batch, heads, seq_len, head_dim, str(dtype).removeprefix("torch."), causal)
     can_fold = views.can_fold_batch_into_heads(batch, heads, rates, head_offsets)
     folded = views.all_views(1, batch * heads, seq_len, branches, head_offsets) if can_fold else []
     calls = views.all_views(batch, heads, seq_len, branches, head_offsets)
-    packing, use = packing_of(shape, branches, head_offsets, Machine.of(device)), chosen(kernel or None, shape, device)
-    if packing and takes_all(use, bool(kernel), packing, shape, Machine.of(device)):
+    packing, machine = packing_of(shape, branches, head_offsets, Machine.of(device)), Machine.of(device)
+    if packing and not kernel and takes_all(packing, shape, machine):
         return at_once(packing, device), packing.whole, calls, folded
-    return use, packing, calls, folded
+    return chosen(None if kernel in ("", SEVERAL) else kernel, shape, machine), packing, calls, folded
 
 
 def in_views(tensors: Sequence[Tensor], calls: list[View], folded: list[View]) -> tuple[list[View], list[Tensor]]:
@@ -142,8 +143,8 @@ def outside_transforms(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with contiguous results."""
-    return lambda *given: tuple(x.contiguous() for x in function(*given))
+    """`function` with contiguous results, by several calls: what one keeps must not lie in the memory of a graph."""
+    return lambda *given: tuple(x.contiguous() for x in function(*given[:-1], given[-1] or SEVERAL))
 
 
 ATTENTION = differentiable("dilated attention", dilated_forward, dilated_backward)
@@ -188,8 +189,8 @@ def dilated(
     dilation_rates: r of each branch, from 1 to its w: of each segment a head keeps every r-th row.
     causal: whether a query sees no key after itself.
     head_offsets: the first row of a segment that head j keeps, j mod r ("modulo", the paper) or j // ⌈H/r⌉ ("grouped").
-    kernel: which one of kernels.KERNELS runs underneath; by default the first that takes such inputs, or for short
-        sequences FlashAttention-2, where one call of it does for three or more of another's.
+    kernel: which one of kernels.KERNELS runs underneath; by default the first that takes such inputs, or, outside of a
+        compiler, FlashAttention-2, where one call of it does for three or more of a short sequence.
 
     Saved for the backward pass are the output and one float32 per row and head. A query that no branch keeps gives 0,
     with gradient 0. float64 is computed by dilated_reference. Raises UserError as that does, and for a kernel that

@@ -148,10 +148,9 @@ def chosen(name: str | None, shape: Shape, machine: Device) -> Kernel:
     raise UserError(nothing if name is None else reasons[0])
 
 
-def takes_all(kernel: Kernel, asked: bool, packing: Packing, shape: Shape, machine: Machine) -> bool:
-    """Whether FlashAttention-2 takes all that is packed at once: asked for, or since it saves two calls or more."""
-    pays = not asked and len(packing.groups) > 2 and KERNELS["flash"].needs(shape, machine) is None
-    return pays or kernel.name == "flash"
+def takes_all(packing: Packing | None, shape: Shape, machine: Machine) -> bool:
+    """Whether FlashAttention-2 by default takes all that is packed at once, since that saves two calls or more."""
+    return packing is not None and len(packing.groups) > 2 and KERNELS["flash"].needs(shape, machine) is None
 
 
 def whole_workspace(many: int) -> Workspace:
@@ -182,7 +181,7 @@ def workspace_of(name: str | None, shape: Shape, machine: Machine, packing: Pack
     """The memory of the kernel called `name`, wherever that may run, or of the one `chosen` for such a shape, or for
     rows that are packed so. Raises UserError where there is none, or where its memory on views is not known."""
     kernel = KERNELS[name] if name else chosen(None, shape, machine)
-    if packing and takes_all(kernel, bool(name), packing, shape, machine):
+    if packing and not name and takes_all(packing, shape, machine):
         return whole_workspace(sum(many for many, _ in packing.groups))
     if kernel.workspace is None:
         raise UserError(f"the memory of the {kernel.name} kernel on views is not known")
