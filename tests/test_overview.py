@@ -54,6 +54,7 @@ def test_the_numbers_are_the_chapters_own(device):
     ) + 1
     for row in numbers.query("variant != 'dilated'").itertuples():
         seen, one = measured.loc[row.variant], VARIANTS[row.variant]
+        assert row.passes == seen["forward_backward_ms_count"]
         assert row.ms * seen["heads"] == pytest.approx(seen["forward_backward_ms"] * overview.HEADS)
         if not run.machine.is_cpu:
             assert (row.saved, row.backward_peak) == (seen["saved_bytes"], seen["backward_peak_bytes"])
@@ -91,13 +92,38 @@ def test_what_to_use_follows_the_rows(data):
 
     alter(folder / "03_memory.csv", flash_is_fast)
     after = advised("nvidia-h200")
-    assert "N >" not in before.loc["all pairs, no mask", "threshold here"]
-    assert "N >" in after.loc["all pairs, no mask", "threshold here"], "plain attention is never slower now"
-    assert after.loc["all pairs, no mask", "use"] == "sdpa_flash" != before.loc["all pairs, no mask", "use"]
+    assert "N >" not in before.loc["short sequences, no mask", "threshold here"]
+    assert "N >" in after.loc["short sequences, no mask", "threshold here"], "plain attention is never slower now"
+    assert after.loc["all pairs, causal or not", "use"] == "sdpa_flash" != before.loc["all pairs, causal or not", "use"]
     assert "N ≤" in after.loc["long sequences, a pattern will do", "threshold here"]
     assert "N ≤" not in before.loc["long sequences, a pattern will do", "threshold here"]
-    bits = "the same bits on every run"
+    bits = "the same bits on every run, of PyTorch's kernels"
     assert (before.loc[bits, "use"], after.loc[bits, "use"]) == ("sdpa_flash", "sdpa_efficient")
+
+
+def test_a_threshold_names_both_runs_where_they_lie_apart():
+    cell = {"phase": "forward", "shortest": 64, "longest": 8192}
+    for lengths, told in {
+        (700.0, 720.0): "= 700",
+        (64.0, 152.4): "≤ 64 or 152",
+        (9000.0, float("inf")): "= 9,000 or > 8,192",
+    }.items():
+        cells = pd.DataFrame([{**cell, "seq_len": n} for n in lengths])
+        assert overview.starting(cells) == f"forward from N {told}"
+    assert overview.speed([0.5, 0.25]) == "it takes 2.0 and 4.0 times as long"
+    assert overview.speed([2.0, 0.5]) == "it is 2.0 and 0.5 times as fast"
+
+
+def test_what_does_not_hold_is_that_of_this_build_or_of_the_last_one(data, tmp_path, monkeypatch):
+    kept = pd.read_csv(data / "nvidia-h200" / "claims.csv").query("kind == 'observation'")
+    count, broken = overview.unmet(opened("nvidia-h200"))
+    assert (count, len(broken)) == (len(kept), (~kept["holds"]).sum())
+    claims = [{"kind": "law", "claim": "a", "holds": False}]
+    claims += [{"kind": "observation", "claim": name, "holds": name == "b"} for name in "bcd"]
+    (tmp_path / "03_flash.claims").write_text("".join(json.dumps(one) + "\n" for one in claims))
+    monkeypatch.setenv("ATTNLIB_CLAIMS", str(tmp_path / "00_overview.claims"))
+    count, broken = overview.unmet(opened("nvidia-h200"))
+    assert (count, [*broken["claim"]], {*broken["notebook"]}) == (3, ["c", "d"], {"03_flash"})
 
 
 def as_markdown(frame: pd.DataFrame) -> str:
