@@ -62,7 +62,8 @@ def drawn(every: pd.DataFrame, fused: Iterable[str], device: str):
                 ax.plot(lost["seq_len"], lost["law_gib"], "x", color=own, ms=7, mew=2)
         for name in [name for name, (n, *_) in ends.items() if n < furthest]:  # above a line that ends before
             n, y, own = ends.pop(name)
-            ax.annotate(name, (n, y), (-5, 1), textcoords="offset points", ha="right", va="bottom", color=own, size=7.5)
+            how = {"ha": "right", "va": "bottom", "color": [0.7 * part for part in plots.to_rgb(own)], "size": 7.5}
+            ax.annotate(name, (n, y), (-5, 1), textcoords="offset points", **how)
         plots.name_ends(ax, ends, gap=0.08, near=0)
     limits, powers = axes[1].get_ylim(), range(-30, 11, 5)
     axes[1].set_yticks([2.0**power for power in powers], [size(2 ** (30 + power)) for power in powers])

@@ -19,7 +19,7 @@ function splits(tiles, seqLen, headDim, units) {
 
 const sum = (terms) => Object.values(terms).reduce((total, bytes) => total + bytes, 0);
 
-// all that a variant's law says of a shape {batch, heads, seqLen, headDim, dtype, causal}, in bytes, and at best in ms
+// all that a variant's law says of a shape {batch, heads, seqLen, headDim, dtype, causal}, in bytes, and the least ms it can take
 function bill(name, shape) {
   const {formulas, rates} = ATTENTION.variants[name];
   const [gpu, threads, multiprocessors] = ATTENTION.units;
@@ -62,7 +62,7 @@ function calculator(place) {
   const options = (values, chosen) =>
     values.map((one) => `<option${one === chosen ? " selected" : ""}>${one}</option>`).join("");
   const integer = (name, label, value, least, most) =>
-    `<label>${label}<input type="number" name="${name}" value="${value}" min="${least}" max="${most}" step="1" inputmode="numeric"></label>`;
+    `<label>${label}<input type="number" name="${name}" value="${value}" min="${least}" max="${most}" step="1" inputmode="numeric" required></label>`;
   const memory = Math.floor(ATTENTION.memory / 2 ** 30 * 10) / 10;
   const form = document.createElement("form");
   form.setAttribute("aria-label", "Calculator: what attention needs, by the laws");
@@ -71,15 +71,16 @@ function calculator(place) {
     ${integer("seqLen", "sequence length N", 16384, 2, 1e9)}
     <label>head dimension D<select name="headDim">${options(ATTENTION.headDims, 64)}</select></label>
     <label>type<select name="dtype">${options(Object.keys(ATTENTION.sizes), "float32")}</select></label>
-    <label>memory, GiB<input type="number" name="memory" value="${memory}" min="0.1" max="1048576" step="any" inputmode="decimal"></label>
+    <label>memory, GiB<input type="number" name="memory" value="${memory}" min="0.1" max="1048576" step="any" inputmode="decimal" required></label>
     <label class="tick"><input type="checkbox" name="causal"> causal</label></div>
     <output></output>
     <div class="wide"><table><thead><tr><th scope="col">variant</th><th scope="col">saved</th><th scope="col">forward peak</th>
     <th scope="col">backward peak</th><th scope="col">in all, training</th><th scope="col">largest N, training</th>
-    <th scope="col">largest N, inference</th><th scope="col">forward at best</th><th scope="col">backward at best</th></tr></thead>
+    <th scope="col">largest N, inference</th><th scope="col">forward, lower bound</th><th scope="col">backward, lower bound</th></tr></thead>
     <tbody></tbody></table></div>
-    <p class="moment">In all: the inputs q, k, v and the higher peak. At best: the products at the fastest rate, or the bytes
-    at the fastest copy, that ${ATTENTION.name} has shown, whichever takes longer.</p>
+    <p class="moment">In all: the inputs q, k, v and the higher peak. A lower bound is weaker than chapter 1’s floor: the larger
+    of two times, of all products of the pass at the fastest rate, and of all its bytes at the fastest copy of any size, that
+    ${ATTENTION.name} has shown; a dash where no law counts what a program writes. Dilated attention is not in this table.</p>
     <p class="refused"></p>
     <label class="of">What fills the memory of <select name="variant">${options(Object.keys(ATTENTION.variants), "naive")}</select></label>
     <ul class="terms"></ul>
@@ -89,12 +90,14 @@ function calculator(place) {
   function show() {
     if (!form.checkValidity()) {
       find("output").textContent = "Whole numbers above zero, please.";
+      for (const place of ["tbody", ".refused", ".terms", ".summed"]) find(place).textContent = "";
       return;
     }
     const field = (name) => form.elements[name];
     const shape = {dtype: field("dtype").value, causal: field("causal").checked};
     for (const name of ["batch", "heads", "seqLen", "headDim"]) shape[name] = Number(field(name).value);
-    const room = Number(field("memory").value) * 2 ** 30;
+    // what is shown is rounded: as long as nobody changes it, it means the machine's own
+    const room = Number(field("memory").value) === memory ? ATTENTION.memory : Number(field("memory").value) * 2 ** 30;
     const refusal = (name) => ATTENTION.variants[name].refused[shape.dtype][shape.headDim];
     const names = Object.keys(ATTENTION.variants);
     const able = names.filter((name) => !refusal(name));
@@ -111,7 +114,7 @@ function calculator(place) {
     const fits = rows.filter((row) => row.need.training <= room).length;
     const best = rows.reduce((a, b) => (b.training > a.training ? b : a));
     find("output").textContent = `${fits} of ${rows.length} train at N = ${whole(shape.seqLen)} in ` +
-      `${whole(room / 2 ** 30)} GiB; ${best.name} gets furthest, to N = ${whole(best.training)}.`;
+      `${whole(Number(field("memory").value))} GiB; ${best.name} gets furthest, to N = ${whole(best.training)}.`;
     find(".refused").textContent = names.filter(refusal).map((name) => `${name}: ${refusal(name)}.`).join(" ");
 
     const name = field("variant").value;
