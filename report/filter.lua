@@ -36,7 +36,20 @@ local function boxed(tbl) -- in HTML a wide table scrolls in a box, outside of w
   each_cell(tbl, function(cell) -- of words, which may have several lines
     if utf8.len(pandoc.utils.stringify(cell.contents)) > 24 then cell.classes:insert("long") end
   end)
-  local caption, attr = tbl.caption, pandoc.Attr(tbl.identifier, {"table"})
+  local heads, rows, words = {}, 0, false -- few rows with words behind the first column: stacked on a phone
+  for _, row in ipairs(tbl.head.rows) do
+    for at, cell in ipairs(row.cells) do heads[at] = pandoc.utils.stringify(cell.contents) end
+  end
+  for _, body in ipairs(tbl.bodies) do
+    for _, row in ipairs(body.body) do
+      rows = rows + 1
+      for at, cell in ipairs(row.cells) do
+        words = words or at > 1 and cell.classes:includes("long")
+        if heads[at] and at > 1 then cell.attributes["label"] = heads[at] end
+      end
+    end
+  end
+  local caption, attr = tbl.caption, pandoc.Attr(tbl.identifier, words and rows <= 12 and {"table", "words"} or {"table"})
   tbl.caption, tbl.attr = {long = {}}, pandoc.Attr()
   return pandoc.Figure({pandoc.Div({tbl}, pandoc.Attr("", {"wide"}))}, caption, attr)
 end
@@ -57,6 +70,31 @@ end
 local before = {
   Meta = function(meta)
     for _, id in ipairs(meta.declared or {}) do declared[pandoc.utils.stringify(id)] = true end
+  end,
+}
+
+-- code that a reader may unfold: of neighbours one listing, and none in a summary, the unnumbered chapter that leads
+local folding = {
+  Pandoc = function(doc)
+    local out, chapters, summary = pandoc.Blocks({}), 0, false
+    for _, block in ipairs(doc.blocks) do
+      if block.t == "Header" and block.level == 1 then
+        chapters = chapters + 1
+        summary = chapters == 1 and block.classes:includes("unnumbered")
+        -- in print the contents follow the summary, which begins on the first page
+        if chapters == 1 then doc.meta.front = summary or nil end
+        if chapters == 2 and doc.meta.front and not html then out:insert(pandoc.RawBlock("typst", "#contents")) end
+      end
+      local last, folded = out[#out], block.t == "Div" and block.classes:includes("folded")
+      if folded and last and last.t == "Div" and last.classes:includes("folded") then
+        last.content[1].text = last.content[1].text .. "\n\n" .. block.content[1].text
+        out[#out] = last
+      elseif not (folded and summary) then
+        out:insert(block)
+      end
+    end
+    doc.blocks = out
+    return doc
   end,
 }
 
@@ -85,7 +123,7 @@ local first_pass = {
     if html then figure.content = {pandoc.Div(figure.content, pandoc.Attr("", {"wide"}))} end
     return figure, false
   end,
-  RawBlock = function(raw) error("raw " .. raw.format .. " would be lost: " .. raw.text:sub(1, 60)) end,
+  RawBlock = function(raw) if raw.text == "#contents" then return nil end error("raw " .. raw.format .. " would be lost: " .. raw.text:sub(1, 60)) end,
   RawInline = function(raw) error("raw " .. raw.format .. " would be lost: " .. raw.text:sub(1, 60)) end,
 }
 
@@ -167,7 +205,12 @@ local third_pass = { -- what template.typst calls by the same names, and style.c
         return div.content
       end
     end
-    if not html and div.classes:includes("printed") then return div.content end
+    local code = div.classes:includes("printed") and div.content[1]
+    if code and code.t == "CodeBlock" and code.text:match("^def ") then -- a listing that a cell printed
+      code.classes:insert("python")
+      return {code}
+    end
+    if not html and code then return div.content end
   end,
 }
 
@@ -210,4 +253,4 @@ local placing = {
   end,
 }
 
-return {before, first_pass, second_pass, third_pass, appendix, placing}
+return {before, folding, first_pass, second_pass, third_pass, appendix, placing}

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import select
 import shutil
 import subprocess
@@ -166,7 +167,14 @@ def small(tmp_path_factory) -> Path:
         drawn("fig-boxes", boxes),
         nbformat.v4.new_markdown_cell("::: calculator\nInstead, @tbl-wide.\n:::"),
     ]
+    hidden = {"tags": ["hide-input"]}
+    cells += [nbformat.v4.new_code_cell(text, metadata=hidden) for text in ("first = 1", "second = 2")]
+    printed = nbformat.v4.new_output("stream", text="def printed(x):\n    return x\n")
+    cells += [nbformat.v4.new_code_cell("print(it)", outputs=[printed])]
     (out / "notebooks").mkdir()
+    summary = [nbformat.v4.new_markdown_cell("# Summary {.unnumbered}\n\nIn short.")]
+    summary += [nbformat.v4.new_code_cell("hidden = 0", metadata=hidden)]
+    nbformat.write(nbformat.v4.new_notebook(cells=summary), out / "notebooks" / "00_summary.ipynb")
     nbformat.write(nbformat.v4.new_notebook(cells=cells), out / "notebooks" / "01_small.ipynb")
     machine = stored.machine_of("nvidia-h200")
     export(out, machine, [("notice", "A word.")], [], laws_in_javascript(machine))
@@ -215,7 +223,7 @@ def test_a_table_scrolls_in_its_box_and_its_first_column_stays(view):
         const box = table.parentElement;
         box.scrollLeft = 1e4;
         const moved = box.scrollLeft, left = box.getBoundingClientRect().left;
-        const cells = [...table.querySelectorAll('tr > :first-child')].filter(x => x.colSpan == 1);
+        const cells = [...table.querySelectorAll('tr > :first-child')].filter(x => x.colSpan == 1 && x.offsetParent);
         const apart = Math.max(...cells.map(x => Math.abs(x.getBoundingClientRect().left - left)));
         const share = cells[0].offsetWidth / box.clientWidth;
         box.scrollLeft = 0;
@@ -225,6 +233,26 @@ def test_a_table_scrolls_in_its_box_and_its_first_column_stays(view):
     assert any(moved for moved, *_ in found)  # the case
     assert all(apart < 1 for _, apart, _ in found)
     assert all(share < 0.6 for moved, _, share in found if moved)  # or there is no room for what scrolls
+
+
+def test_a_table_of_few_rows_and_many_words_is_stacked_on_a_phone(view, small, page):
+    if page == small:
+        boxes = "[...document.querySelectorAll('figure.words .wide')]"
+        assert view.ask(f"{boxes}.length") == 1
+        assert view.ask(f"{boxes}.every(x => x.scrollWidth <= x.clientWidth)")
+        first, second = view.ask(
+            f"[...{boxes}[0].querySelectorAll('tbody tr > *')].map(x => x.getBoundingClientRect().x)"
+        )
+        assert (first == second) == (view.width < 600)
+        assert "meaning" in view.ask(f"{boxes}[0].querySelectorAll('td')[1].dataset.label")
+
+
+def test_neighbouring_listings_are_one_and_a_summary_shows_none(small):
+    """And what a cell prints that is a program is highlighted."""
+    html = small.read_text("utf-8")
+    text = re.sub("<[^>]*>", "", html)
+    assert html.count("<details>") == 1 and "first = 1" in text and "second = 2" in text and "hidden = 0" not in text
+    assert re.search(r'<span class="kw">def</span> printed', html)
 
 
 def test_a_formula_scrolls_in_its_box(view, small, page):
