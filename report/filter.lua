@@ -54,6 +54,30 @@ local function boxed(tbl) -- in HTML a wide table scrolls in a box, outside of w
   return pandoc.Figure({pandoc.Div({tbl}, pandoc.Attr("", {"wide"}))}, caption, attr)
 end
 
+local LETTERS, MOST_LETTERS, LINE = 36, 64, 105 -- of a cell that is words, of one in a line, of a line
+
+-- the letters of each column's longest cell; where words make a line longer than the page, those of one that is not; and
+-- which columns hold words
+local function widths_of(tbl)
+  local widths, worded, words = {}, {}, false
+  local sections = {tbl.head.rows, table.unpack(tbl.bodies:map(function(body) return body.body end))}
+  for _, rows in ipairs(sections) do
+    for _, row in ipairs(rows) do
+      for at, cell in ipairs(row.cells) do
+        local text = pandoc.utils.stringify(cell.contents)
+        widths[at] = math.max(widths[at] or 6, utf8.len(text) + 2)
+        worded[at] = worded[at] or rows ~= tbl.head.rows and text:match("%a%a%a") ~= nil
+        words = words or at > 1 and utf8.len(text) > LETTERS and not text:match("%S" .. ("%S"):rep(30))
+      end
+    end
+  end
+  local line, least = 0, 0
+  for _, letters in ipairs(widths) do
+    line, least = line + letters, least + math.min(letters, MOST_LETTERS)
+  end
+  return widths, words and line > LINE and least or nil, worded
+end
+
 local function table_of(div)
   local caption, raw = div.content[1], div.content[2]
   local doc = pandoc.read(raw.text:gsub("<style.-</style>", ""), "html+tex_math_dollars")
@@ -63,7 +87,12 @@ local function table_of(div)
   tbl.attr = pandoc.Attr(div.identifier)
   tbl.caption = number(div.identifier, {long = pandoc.Blocks({pandoc.Plain(caption.content)})})
   each_cell(tbl, function(cell) cell.attr, cell.alignment = pandoc.Attr(), pandoc.AlignDefault end)
-  for i = 1, #tbl.colspecs do tbl.colspecs[i] = {i == 1 and pandoc.AlignLeft or pandoc.AlignRight, nil} end
+  local widths, whole, worded = widths_of(tbl)
+  for i = 1, #tbl.colspecs do
+    local left = i == 1 or widths[i] > LETTERS or whole and worded[i]
+    local share = whole and not html and math.min(widths[i], MOST_LETTERS) / whole or nil
+    tbl.colspecs[i] = {left and pandoc.AlignLeft or pandoc.AlignRight, share}
+  end
   return boxed(tbl)
 end
 
