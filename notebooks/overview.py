@@ -102,12 +102,6 @@ def as_numbers(every: pd.DataFrame, machine: Machine) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def fastest(numbers: pd.DataFrame) -> str:
-    """Of `as_numbers` the fused kernel that takes the least time."""
-    fused = numbers[numbers["variant"].str.match(FUSED)]
-    return fused.loc[fused["ms"].idxmin(), "variant"]
-
-
 def as_table(numbers: pd.DataFrame):
     """`as_numbers`, each beside plain attention; a time of fewer than five passes in brackets."""
     plain, few = numbers.set_index("variant").loc["naive"], numbers["passes"] < 5

@@ -27,7 +27,6 @@ from attnlib.timing.sweep import Job, Row
 from notebooks.rank_laws import branches_sent, ring_sent, ulysses_sent
 from notebooks.restated.ulysses import ulysses_attention
 from report.accuracy import ERRORS, Task, compared, draw_inputs
-from report.skipping import NotMeasured
 
 PROJECT = Path(__file__).parent.parent
 EXACT = [*ERRORS, "rank", "forward_sent_bytes", "backward_sent_bytes", "seq_len", "ranks"]
@@ -71,17 +70,6 @@ def rows_by(what: str, ranks: int, device: str, cases: list) -> list[Row]:
 def shared_job(what: str, ranks: int, device: str, cases: list) -> Job:
     """All cases of one kind, as a job."""
     return Job(f"{what} {ranks} {device}", rows_by, (what, ranks, device, cases), here=True)
-
-
-def gpus(run) -> int:
-    """How many GPUs there are to measure on; in a replay, which asks nobody, none."""
-    return 0 if run.replay or run.machine.is_cpu else torch.cuda.device_count()
-
-
-def needs_two(run, there: int):
-    """Raise NotMeasured where there are fewer than two GPUs to measure on, or no rows of two."""
-    if not run.has("times") or not run.replay and there < 2:
-        raise NotMeasured("This needs two GPUs that a link joins: not measured on this device yet.")
 
 
 def sent_by_law(row, branches=PAPER_SMALL) -> tuple[int, int]:
