@@ -12,10 +12,10 @@ from attnlib.core import PHASES, Machine, Shape
 from attnlib.laws import Variant, bytes_needed
 from attnlib.variants.tiled import take_in
 from notebooks.races import worst
+from notebooks.sweep_figures import brief
 from report import plots
 from report.accuracy import RESULTS
-from report.anatomy import short_name
-from report.tables import digits, grid, mask, size, table
+from report.tables import bracketed, digits, grid, mask, size, table
 
 HELD, NOW, WRITTEN, ASIDE = "#56b4e9", "#d62728", "#3c3c3c", "#cccccc"  # in fast memory; alive for one step; done; not
 SHADES = ("#08306b", "#2171b5", "#6baed6", "#c6dbef")  # of four scores
@@ -106,25 +106,29 @@ def peaks(rows: pd.DataFrame, title: str):
         ax.plot(one["seq_len"], one["backward_peak_bytes"] / unit, "o", color=own, ms=4)
         ax.plot(one["seq_len"][lost], law[lost], "x", color=own, ms=7, mew=2)
         ends[name] = (one["seq_len"].iloc[-1], law.iloc[-1], own)
-    plots.name_ends(ax, ends)
+    plots.name_ends(ax, ends, under=15)
     return figure
 
 
 def crossed_over(rows: pd.DataFrame, device: str):
-    """Ratios of duels against N with their intervals as bands, a panel for each phase, a line for each type and D."""
+    """Ratios of duels against N with their intervals as bands, a panel for each phase: colours tell D, lines the type."""
     figure, axes = plots.panels(PHASES, xs=sorted(set(rows["seq_len"]))[::-2], device=device, ylabel="naive ÷ flash")
     between, named = (0.5, 2, 3, 5) if rows["ratio"].max() < 50 * rows["ratio"].min() else (), []
+    looks = {"float32": {"ls": ":"}, "bfloat16": {"lw": 3, "alpha": 0.45}, "float16": {"ls": "--"}}
     for ax, phase in zip(axes, PHASES, strict=True):
         named.append({})
         plots.level(ax, 1)
-        cells = rows[rows["phase"] == phase].sort_values("seq_len").groupby(["dtype", "head_dim"], sort=False)
-        for own, ((dtype, d), cell) in zip(plots.SPARE, cells, strict=False):
-            ax.fill_between(cell["seq_len"], cell["low"], cell["high"], color=own, alpha=0.3, lw=0)
-            plots.line(ax, cell["seq_len"], cell["ratio"], own, "", "-")
-            named[-1][f"{dtype}, D {d}"] = (cell["seq_len"].iloc[-1], cell["ratio"].iloc[-1], own)
+        cells = rows[rows["phase"] == phase].sort_values(["head_dim", "seq_len"])
+        hues = dict(zip(cells["head_dim"].unique(), plots.SPARE, strict=False))
+        for (d, _), alike in cells.groupby(["head_dim", cells["dtype"] != "float32"]):
+            for dtype, cell in alike.groupby("dtype"):
+                ax.fill_between(cell["seq_len"], cell["low"], cell["high"], color=hues[d], alpha=0.2, lw=0)
+                ax.plot(cell["seq_len"], cell["ratio"], color=hues[d], **{"lw": 1.2} | looks[dtype])
+            names = " and\n".join(sorted(alike["dtype"].unique()))
+            named[-1][f"{names}, D {d}"] = (*alike[["seq_len", "ratio"]].iloc[-1], hues[d])
         plots.times(ax, between)
     for ax, ends in zip(axes, named, strict=True):
-        plots.name_ends(ax, ends)
+        plots.name_ends(ax, ends, gap=0.13, near=0)
     return figure
 
 
@@ -163,9 +167,9 @@ def in_blocks(rows: pd.DataFrame, title: str):
 
 def both_rates(rows: pd.DataFrame):
     """A table of rows of `with_rates`: TFLOP/s, forward / backward, or how the point ended."""
-    phases = zip(*(rows[f"{phase}_tflop_s"].map(digits) for phase in PHASES), strict=True)
+    phases = zip(*(bracketed(rows[f"{one}_tflop_s"], rows[f"{one}_ms_count"]) for one in PHASES), strict=True)
     ended_so = rows["status"].where(rows["forward_tflop_s"].isna(), [" / ".join(both) for both in phases])
-    return grid(rows.assign(mask=mask(rows)), ended_so, ["head_dim", "mask", "seq_len"])
+    return grid(rows.assign(D=rows["head_dim"], mask=mask(rows), N=rows["seq_len"]), ended_so, ["D", "mask", "N"])
 
 
 def spent(rows: pd.DataFrame) -> pd.DataFrame:
@@ -178,8 +182,9 @@ def by_kernel(rows: pd.DataFrame):
     """A table of rows of `spent`, from one per cent of a pass on."""
     rows = rows[rows["share"] >= 0.01]
     cells = [f"{digits(ms)} ({share:.0%})" for ms, share in rows[["ms", "share"]].to_numpy()]
-    rows = rows.assign(kernel=rows["kernel"].map(short_name), N="N = " + rows["seq_len"].astype(str))
-    return grid(rows, cells, ["variant", "phase", "kernel"], "N")
+    rows = rows.assign(kernel=rows["kernel"].map(brief), N=rows["seq_len"].map("N = {:,}".format))
+    found = grid(rows, cells, ["variant", "phase", "kernel"], "N").data
+    return table(found.assign(kernel=found.pop("kernel")))
 
 
 def accuracies(rows: pd.DataFrame):

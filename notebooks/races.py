@@ -17,17 +17,21 @@ from attnlib.rows import shape_of
 from report.accuracy import RESULTS
 from report.race import duel_jobs, duels
 from report.run import Run, say
-from report.tables import digits, grid, size, table
+from report.tables import bracketed, grid, size, table
 
 DUEL_KEYS = ["dtype", "head_dim", "phase"]  # what a crossover is looked for in
 RACE_KEYS = ["head_dim", "causal", "seq_len", "phase"]  # what names a race
+STARTS = {"≤": "the shortest length tried,", ">": "beyond N ="}  # of what `length` says
 OF_DEFAULT = ["of_default", "of_default_low", "of_default_high"]
+RACED = ["ms", "do_bench_ms", "gemm_ms", "gemm_tflop_s", "share", *OF_DEFAULT]  # the numbers of a row of a race
 
 
 def ended(rows: pd.DataFrame, column: str, unit: float = 1):
-    """A table of `column` by N and variant, or how the point ended; without variants that were refused throughout."""
+    """A table of `column` by N and variant, bracketed of fewer than five passes, or how it ended; of those ever taken."""
     rows = rows[rows.groupby("variant")["status"].transform(lambda statuses: (statuses != "unsupported").any())]
-    return grid(rows, rows["status"].where(rows[column].isna(), [digits(x / unit) for x in rows[column]]))
+    passes = [5] * len(rows) if "bytes" in column else rows["forward_backward_ms_count"]
+    shown = rows["status"].where(rows[column].isna(), bracketed(rows[column] / unit, passes))
+    return grid(rows.rename(columns={"seq_len": "N"}), shown, "N")
 
 
 def with_rates(rows: pd.DataFrame) -> pd.DataFrame:
@@ -51,6 +55,15 @@ def picks(rows: pd.DataFrame) -> pd.DataFrame:
         row = dict(zip(RACE_KEYS, names, strict=True)) | {"picked": picked, "fastest": best}
         found.append(row | pinned.loc[best, OF_DEFAULT].to_dict())
     return pd.DataFrame(found)
+
+
+def leader(rows: pd.DataFrame) -> str:
+    """Which kernel wins most races of rows, and how it does against PyTorch's default in the longest ones: a sentence."""
+    named = rows[rows["variant"] != "sdpa_default"]
+    best = named.loc[named.groupby(RACE_KEYS)["ms"].idxmin(), "variant"]
+    name, longest = best.mode()[0], rows["seq_len"].max()
+    far = named.query("variant == @name and seq_len == @longest")["of_default"]
+    return f"Of the kernels raced, `{name}` is the fastest in {(best == name).sum()} of {len(best)} races; at N = {longest:,} it is {far.min():.2f} to {far.max():.2f} times as fast as what PyTorch picks by default."
 
 
 def worst(rows: Iterable[dict]) -> float:
@@ -108,8 +121,8 @@ def crossings(rows: pd.DataFrame) -> pd.DataFrame:
 def length(n: float, cell: dict) -> str:
     """A length of `crossings`: a number, or that it lies beyond the lengths tried."""
     if math.isinf(n):
-        return f"> {cell['longest']}"
-    return f"≤ {cell['shortest']}" if n <= cell["shortest"] else f"{n:.0f}"
+        return f"> {cell['longest']:,}"
+    return f"≤ {cell['shortest']:,}" if n <= cell["shortest"] else f"{n:,.0f}"
 
 
 def wins(cells: pd.DataFrame, dtype: str) -> str:
@@ -118,15 +131,12 @@ def wins(cells: pd.DataFrame, dtype: str) -> str:
     froms = []
     for phase, each in found.groupby("phase", sort=False):
         texts = [length(cell["seq_len"], cell) for cell in each.to_dict("records")]
-        texts = [
-            {"≤": "the shortest length tried,", ">": "beyond N ="}.get(text[0], "N =") + " " + text.lstrip("≤> ")
-            for text in texts
-        ]
+        texts = [f"{STARTS.get(text[0], 'N =')} {text.lstrip('≤> ')}" for text in texts]
         at = each.assign(text=texts).groupby("text", sort=False)["head_dim"].agg(lambda ds: " and ".join(map(str, ds)))
         froms.append(f"{phase} from {' or '.join(f'{text} (D = {d})' for text, d in at.items())}")
     least, most, n = found["most"].min(), found["most"].max(), found["longest"].max()
     names = ", ".join(f"`{name}`" for name in found["second"].unique())
-    return f"In {dtype}, without a mask, {names} takes less time {', '.join(froms)} on; at N = {n} `naive` takes {least:.1f} to {most:.1f} times as long"
+    return f"In {dtype}, without a mask, {names} takes less time {', '.join(froms)} on; at N = {n:,} `naive` takes {least:.1f} to {most:.1f} times as long"
 
 
 def froms(cells: pd.DataFrame) -> str:
@@ -145,7 +155,7 @@ def crossovers(cells: pd.DataFrame):
         row |= {"wins from N": at if set(ends) == {at} else f"{at} [{ends[0]}, {ends[1]}]"}
         if others:
             row["second run"] = length(others[0]["seq_len"], others[0])
-        row |= {f"ratio at {one[n]}": f"{one[ratio]:.2f}×" for n, ratio in (("shortest", "least"), ("longest", "most"))}
+        row |= {f"at N = {one[n]:,}": f"{one[ratio]:.2f}×" for n, ratio in (("shortest", "least"), ("longest", "most"))}
         found.append(row)
     return table(pd.DataFrame(found))
 
@@ -172,7 +182,7 @@ def relapses(rows: pd.DataFrame) -> list[str]:
     for (dtype, d, phase), cell in rows.sort_values("seq_len").groupby(DUEL_KEYS, sort=False):
         lost = cell.loc[cell["high"] < 1, "seq_len"]
         if cell["low"].iloc[0] > 1 and len(lost):
-            where = f"loses at N = {' to '.join(dict.fromkeys(map(str, (lost.iloc[0], lost.iloc[-1]))))}"
+            where = f"loses at N = {' to '.join(dict.fromkeys(map('{:,}'.format, (lost.iloc[0], lost.iloc[-1]))))}"
             found.append(f"In {dtype} at D = {d}, {phase}, flash wins at the shortest lengths too, and {where}.")
     return found
 
@@ -210,7 +220,7 @@ def memory_crossovers(rivals: Mapping[str, str], head_dims: Iterable[int], machi
         both, shape = (VARIANTS["naive"], VARIANTS[name]), Shape(1, 8, 1, d, dtype)
         row = {"dtype": dtype, "head_dim": d, "flash": name}
         for title, phase in (("forward", "forward"), ("training", "backward")):
-            row[f"{title}, from N"] = memory_crossover(*both, shape, phase, machine)
+            row[f"{title}, from N"] = f"{memory_crossover(*both, shape, phase, machine):,}"
         less, more = (size(bytes_needed(one, at_length(shape, 16384), machine)) for one in reversed(both))
-        found.append(row | {"training at N = 16384": f"{less} instead of {more}"})
+        found.append(row | {"training at N = 16,384": f"{less} instead of {more}"})
     return table(pd.DataFrame(found))

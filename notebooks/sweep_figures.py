@@ -1,5 +1,7 @@
 """The pictures of chapter 1: a sweep against its predictions, a profile against its ceilings."""
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -7,7 +9,8 @@ from matplotlib.patches import Patch
 
 from attnlib.core import PHASES
 from report import plots
-from report.tables import digits, size
+from report.anatomy import short_name
+from report.tables import bracketed, size
 
 PAIRED = 0.02  # lines closer than this are drawn one around the other, so that none hides
 BEYOND = 1.5  # a share of a ceiling above which the prediction counts what was not done
@@ -49,9 +52,9 @@ def against_floors(rows: pd.DataFrame, machine):
 
 
 def in_matrices(rows: pd.DataFrame, machine):
-    """What is kept and what is held at the peak, in matrices of N × N numbers, beside the laws."""
+    """What is saved and what is held at the peak, in matrices of N × N numbers, beside the laws."""
     one = rows["batch"] * rows["heads"] * rows["seq_len"] ** 2 * 4
-    kinds = {"saved": "kept for backward", "backward_peak": "peak of backward"}
+    kinds = {"saved": "saved for backward", "backward_peak": "peak of backward"}
     figure, axes = plots.panels([*kinds.values()], xs=rows["seq_len"], ylabel="matrices of N × N numbers")
     for ax, account in zip(axes, kinds, strict=True):
         ax.set_yscale("linear")
@@ -60,7 +63,9 @@ def in_matrices(rows: pd.DataFrame, machine):
         ends = curve(ax, drawn, "seen", "law", lost)
     longest = rows[rows["seq_len"] == rows["seq_len"].max()].set_index("variant")["backward_peak_law_bytes"]
     axes[0].set_ylim(bottom=-0.2)
-    told = {f"{name}\n{end[1]:.1f} ({size(longest[name])})": end for name, end in ends.items()}
+    alike, told = longest.groupby(longest), {}
+    for nbytes, same in alike.groups.items():
+        told[f"{', '.join(same)}\n{ends[same[0]][1]:.1f} ({size(nbytes)})"] = ends[same[0]]
     plots.name_ends(axes[1], told, gap=0.17, near=0)
     figure.suptitle(machine.name, fontsize=9)
     return figure
@@ -70,9 +75,8 @@ def operations_seen(rows: pd.DataFrame, variants: list[str], machine):
     """Bars of profiled milliseconds for each operation of `variants` at one length, ticks at the least each could take,
     the share of its ceiling beside it; forward above, backward below."""
     most = max(int((rows["variant"] == name).sum()) for name in variants)
-    figure, axes = plt.subplots(
-        1, len(variants), figsize=(plots.WIDTH, 0.11 * most + 0.6), sharex=True, layout="constrained"
-    )
+    look = {"figsize": (plots.WIDTH, 0.11 * most + 0.6), "sharex": True, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(variants), **look)
     for ax, name in zip(axes, variants, strict=True):
         part = rows[rows["variant"] == name].sort_values(["phase", "place"], ascending=[False, True])
         forward = int((part["phase"] == PHASES[0]).sum())
@@ -80,17 +84,11 @@ def operations_seen(rows: pd.DataFrame, variants: list[str], machine):
         ax.barh(ys, part["ms"], color=part["regime"].map(plots.REGIME_COLOURS), alpha=0.75)
         ax.plot(part["least_ms"], ys, "k|", ms=6)
         for y, ms, share in zip(ys, part["ms"], part["share"], strict=True):
-            ax.annotate(
-                f"{share:.0%}" if share <= BEYOND else "see text",
-                (ms, y),
-                (3, 0),
-                textcoords="offset points",
-                fontsize=7,
-                va="center",
-            )
+            look = {"textcoords": "offset points", "fontsize": 7, "va": "center"}
+            ax.annotate(f"{share:.0%}" if share <= BEYOND else "see text", (ms, y), (3, 0), **look)
         ax.set_yticks(ys, part["op"].str.replace("_softmax_backward_data", "softmax’"), fontsize=7)
         ax.axhline(forward - 0.1, color="black", lw=0.8, ls=":")
-        ax.set(title=f"{name}, N = {part['seq_len'].iloc[0]}", xlabel="ms", ylim=(most + 0.6, -0.8))
+        ax.set(title=f"{name}, N = {part['seq_len'].iloc[0]:,}", xlabel="ms", ylim=(most + 0.6, -0.8))
         ax.tick_params(axis="x", labelsize=7.5)
         ax.grid(axis="y", visible=False)
     axes[0].set_xlim(0, 1.15 * rows[rows["variant"].isin(variants)]["ms"].max())
@@ -99,6 +97,12 @@ def operations_seen(rows: pd.DataFrame, variants: list[str], machine):
     marks += [plt.Line2D([], [], color="black", marker="|", ls="", ms=7, label="least it could take")]
     axes[-1].legend(handles=marks, loc="lower right", fontsize=7.5, title=machine.name, title_fontsize=7.5)
     return figure
+
+
+def brief(kernel: str, most: int = 36) -> str:
+    """A kernel's short name without what frameworks put around it, and without its middle where it is longer."""
+    bare = re.sub(r"^kernel_.*attncute|^cudnn_.*native_|(?<=_sm90|ocess)Flash.*", "", short_name(kernel))
+    return bare if len(bare) <= most else f"{bare[: most // 2 - 4]} … {bare[1 - most // 2 :]}"
 
 
 def exponents(rows: pd.DataFrame) -> pd.DataFrame:
@@ -112,9 +116,8 @@ def exponents(rows: pd.DataFrame) -> pd.DataFrame:
             ends = zip(timed["seq_len"][:-1], timed["seq_len"][1:], timed[f"{phase}_regime"][1:], strict=True)
             for (n1, n2, regime), (step, seen, least) in zip(ends, steps, strict=True):
                 found.append((name, phase, n1, n2, seen / step, least / step, f"{regime}-bound"))
-    return pd.DataFrame(
-        found, columns=["variant", "phase", "from_seq_len", "seq_len", "exponent", "of_floor", "regime"]
-    )
+    columns = ["variant", "phase", "from_seq_len", "seq_len", "exponent", "of_floor", "regime"]
+    return pd.DataFrame(found, columns=columns)
 
 
 def exponents_drawn(slopes: pd.DataFrame, machine):
@@ -124,20 +127,25 @@ def exponents_drawn(slopes: pd.DataFrame, machine):
         ax.set_yscale("linear")
         plots.level(ax, 2)
         for name, group in slopes[slopes["phase"] == phase].groupby("variant", sort=False):
-            plots.line(ax, group["seq_len"], group["exponent"], plots.colour(name), name)
             ax.plot(group["seq_len"], group["of_floor"], "--", color=plots.colour(name), lw=1, alpha=0.7)
-    return plots.legend(figure, axes[0])
+    for ax, phase in zip(axes, PHASES, strict=True):
+        plots.named_lines(ax, slopes[slopes["phase"] == phase], "exponent", nested=0.8, near=0)
+    return figure
 
 
-def in_short(rows: pd.DataFrame) -> str:
-    """What the sweep found, in two sentences: the longest N at D = 64 at which all programs were timed."""
-    timed = rows[(rows["head_dim"] == 64) & rows["forward_backward_ms"].notna()]
-    longest = timed.groupby("variant")["seq_len"].max().min()
-    at = timed[timed["seq_len"] == longest].set_index("variant")
-    cells = [
-        f"`{name}` {digits(row.forward_backward_ms)} ms and {size(row.backward_peak_bytes)}"
-        for name, row in at.iterrows()
-    ]
-    lost = rows[(rows["head_dim"] == 64) & (rows["status"] == "oom")]["seq_len"]
-    stops = f" Memory ends the first of them at N = {lost.min():,}." if len(lost) else ""
-    return f"**In short.** A training pass over N = {longest:,} positions (batch {at['batch'].iloc[0]}, one head of 64, float32) takes, and holds at its peak: {', '.join(cells)}.{stops}"
+def in_short(rows: pd.DataFrame, machine) -> str:
+    """What a sweep, with laws, found at the longest N of D = 64 that all programs ran, and which trained the longest."""
+    rows = rows[rows["head_dim"] == 64]
+    longest = rows.dropna(subset=["forward_backward_ms"]).groupby("variant")["seq_len"].max().min()
+    at, last = rows[rows["seq_len"] == longest].set_index("variant"), rows[rows["seq_len"] == rows["seq_len"].max()]
+    took = bracketed(at["forward_backward_ms"], at["forward_backward_ms_count"])
+    sizes = zip(at.index, took, at["backward_peak_bytes"].map(size), strict=True)
+    few = " (in brackets: of fewer than five passes)" if "(" in "".join(took) else ""
+    lost, trains = ([f"`{name}`" for name in last["variant"][last["status"] == one]] for one in ("oom", "ok"))
+    roomy = int((last[last["status"] == "oom"]["needed_bytes"] <= machine.memory_bytes).sum())
+    room = f" ({roomy} of them had room by their law, in pieces)" if roomy else ""
+    stops = f" At N = {last['seq_len'].max():,} {', '.join(lost)} ran out of memory{room}; {', '.join(trains) or 'none'} trained."
+    told = f"**In short.** A training pass over N = {longest:,} positions (batch {at['batch'].iloc[0]}, one head of 64, float32) takes{few}, and holds at its peak: {', '.join(f'`{name}` {ms} ms and {peak}' for name, ms, peak in sizes)}."
+    best = [at.index[at[one] == at[one].min()] for one in ("forward_backward_ms", "backward_peak_bytes")]
+    fast, small = (", ".join(f"`{name}`" for name in names) for names in best)
+    return f"{told} The least time takes {fast}, the least memory {small}.{stops if lost else ''}"

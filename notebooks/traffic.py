@@ -74,11 +74,9 @@ def summed(text: str, names: list[str], shape: Shape) -> list[dict]:
 def moved(rows: pd.DataFrame, shape: Shape):
     """A table of rows of `counted`, with the bytes as a multiple of those of inputs and results."""
     least = rows["phase"].map({"forward": 4, "backward": 8}) * (shape.input_bytes // 3)
-    figures = {"kernels": rows["kernels"].astype(int), "moved MiB": rows["dram_bytes"] / MIB}
-    figures |= {"of the least": rows["dram_bytes"] / least}
-    frame = rows[["variant", "phase"]].assign(
-        **{"operations per byte": (rows["useful_flops"] / rows["dram_bytes"]).map(digits), **figures}
-    )
+    figures = {"operations per byte": (rows["useful_flops"] / rows["dram_bytes"]).map(digits)}
+    figures |= {"kernels": rows["kernels"].astype(int), "moved MiB": rows["dram_bytes"] / MIB}
+    frame = rows[["variant", "phase"]].assign(**figures, **{"of the least": rows["dram_bytes"] / least})
     return table(frame, {"moved MiB": "{:,.0f}", "of the least": "{:.1f}×"})
 
 

@@ -1,6 +1,7 @@
 """One style for every figure: one colour per variant, the device in the title, a cross where memory ran out."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from matplotlib import rcdefaults
 from matplotlib.colors import to_rgb
@@ -43,7 +44,7 @@ def panels(titles, *, xs, ylabel, device="", sharey=True):
     kind = {"figsize": (WIDTH, HEIGHT), "sharey": sharey, "squeeze": False, "layout": "constrained"}
     figure, (axes,) = plt.subplots(1, len(titles), **kind)
     for ax, title in zip(axes, titles, strict=True):
-        ax.set(yscale="log", title=f"{title} · {device}" if device else title, xlabel="sequence length N")
+        ax.set(yscale="log", title=f"{title} · {device}" if device else title, xlabel="sequence length N", ymargin=0.13)
         over_lengths(ax, xs)
     axes[0].set_ylabel(ylabel)
     return figure, axes
@@ -54,22 +55,16 @@ def line(ax, xs, ys, own, label, marks="o-"):
     ax.plot(xs, ys, marks, color=own, ms=3, lw=1, label=label)
 
 
-def lines(ax, rows, column):
-    """A line for each variant: `column` against N."""
-    for variant, group in rows.groupby("variant", sort=False):
-        line(ax, group["seq_len"], group[column], colour(variant), variant)
-
-
-def name_ends(ax, ends, gap: float = 0.09, near: float = 0.03):
+def name_ends(ax, ends, gap: float = 0.09, near: float = 0.03, under: float = 5):
     """Write names beside the ends `{name: (x, y, colour)}` of lines, once all that shares the axes is drawn: `gap` of
-    their height apart, with one text for all ends closer than `near`. Under a line that ends early stands its name."""
+    their height apart, with one text for ends closer than `near`. `under` a line that ends early stands its name."""
     ax.get_ylim()  # or the transformation is that of before the last line
     furthest, placed = max(x for x, *_ in ends.values()), list[list]()
     for name, (x, y, own) in sorted(ends.items(), key=lambda end: end[1][1]):
         dark = {"color": tuple(0.7 * part for part in to_rgb(own)), "fontsize": 7.5, "annotation_clip": False}
         at = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1]
         if x < furthest:
-            ax.annotate(name, (x, y), (0, -5), textcoords="offset points", ha="center", va="top", **dark)
+            ax.annotate(name, (x, y), (0, -under), textcoords="offset points", ha="center", va="top", **dark)
         elif placed and at - placed[-1][0] < near:
             placed[-1][2] += f", {name}"
         else:
@@ -80,16 +75,18 @@ def name_ends(ax, ends, gap: float = 0.09, near: float = 0.03):
     for one in reversed(range(len(heights))):
         heights[one] = min(heights[one], 1.0 if one == len(heights) - 1 else heights[one + 1] - gap)
     for height, (_, end, name, own, dark) in zip(heights, placed, strict=True):
-        lead = {"arrowstyle": "-", "color": own, "lw": 0.6}
+        lead = {"arrowstyle": "-", "color": own, "lw": 0.6, "relpos": (0, 0.5)}
         ax.annotate(name, end, (1.03, height), textcoords="axes fraction", va="center", arrowprops=lead, **dark)
 
 
-def named_lines(ax, rows, column, **how):
-    """A line for each variant, `column` against N, with its name at its end."""
+def named_lines(ax, rows, column, nested: float = 0, **how):
+    """A line for each variant, `column` against N, wider by `nested` than the next one; names at the ends."""
     rows = rows.dropna(subset=[column]).sort_values("seq_len")
-    lines(ax, rows, column)
-    last = rows.groupby("variant", sort=False)[["seq_len", column]].last()
-    name_ends(ax, {name: (*end, colour(name)) for name, end in zip(last.index, last.to_numpy(), strict=True)}, **how)
+    groups, ends = dict([*rows.groupby("variant", sort=False)]), {}
+    for wider, (name, group) in zip(reversed(range(len(groups))), groups.items(), strict=True):
+        ax.plot(group["seq_len"], group[column], "o-", color=colour(name), lw=1 + nested * wider, ms=3 + nested * wider)
+        ends[name] = (*group[["seq_len", column]].iloc[-1], colour(name))
+    name_ends(ax, ends, **how)
 
 
 def level(ax, y):
@@ -112,13 +109,20 @@ def legend(figure, ax):
 def roofline(points, *, copy_gb_s, product_tflop_s, device):
     """TFLOP/s against operations per byte, `variant, phase, intensity, tflop_s`, under rates of copy and product."""
     figure, ax = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
-    xs = [min(points["intensity"]) / 2, 1e3 * product_tflop_s / copy_gb_s, max(points["intensity"]) * 2]
+    xs = [min(points["intensity"]) / 2, 1e3 * product_tflop_s / copy_gb_s, max(points["intensity"]) * 4]
     ax.plot(xs, [min(x * copy_gb_s / 1e3, product_tflop_s) for x in xs], color="black", lw=1)
-    for row in points.itertuples():
-        marker, label = ("o", row.variant) if row.phase == "forward" else ("s", None)
-        filled = colour(row.variant) if row.phase == "forward" else "none"
-        ax.plot(row.intensity, row.tflop_s, marker, ms=6, mfc=filled, mec=colour(row.variant), label=label)
+    at = np.log(points[["intensity", "tflop_s"]].to_numpy())
+    for place, (row, here) in enumerate(zip(points.itertuples(), at, strict=True)):
+        own, forth, (aside, above) = colour(row.variant), row.phase == "forward", (at - here).T
+        alike = (abs(at - here) < 0.12).all(axis=1) & (points["phase"] == row.phase).to_numpy()
+        look = {"ms": 6 + 4 * alike[place + 1 :].sum(), "mfc": own if forth else "none"}  # one is a ring around another
+        ax.plot(row.intensity, row.tflop_s, "o" if forth else "s", mec=own, **look)
+        taken = [((way * aside > 0.12) & (way * aside < 1) & (abs(above) < 0.2)).any() for way in (1, -1)]
+        offset, ha = [((7, 0), "left"), ((-7, 0), "right"), ((0, 9), "center")][[*taken, False].index(False)]
+        text = "" if alike[:place].any() else ", ".join(points["variant"][alike])
+        look = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
+        ax.annotate(text, (row.intensity, row.tflop_s), offset, ha=ha, **look)
     ax.set(xscale="log", yscale="log", xlabel="useful operations per byte of memory traffic", ylabel="useful TFLOP/s")
     roof = f"slope: a copy, {copy_gb_s:,.0f} GB/s · top: a matrix product, {product_tflop_s:,.3g} TFLOP/s"
     ax.set(title=f"{device} · {roof}", ylim=(min(points["tflop_s"]) / 2, 2 * product_tflop_s))
-    return legend(figure, ax)
+    return figure

@@ -96,8 +96,7 @@ def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: Terms 
     form names those it has. Exact: 22.3 MiB are 22.25 to 22.35, both included. Raises UserError without figures."""
     terms, own = terms or terms_for(rows, column), terms is not None
     rows, unit, sizes = _sizes(rows, column, terms)
-    exact = np.array([Fraction(figure) for figure in rows[column]])
-    half = np.array([Fraction(1, 2 * 10 ** _decimals(figure)) for figure in rows[column]])
+    ends = [[(Fraction(x) + way * Fraction(1, 2 * 10 ** _decimals(x))) * unit for x in rows[column]] for way in (-1, 1)]
     order = sorted(terms, key=lambda name: -max(sizes[name]))  # the largest first: it leaves the least to try
     found = []
 
@@ -113,7 +112,7 @@ def closed_forms(rows: pd.DataFrame, column: str, limit: int = 16, terms: Terms 
             used = count * sizes[name]
             choose(chosen | {name: count}, least - used, most - used)
 
-    choose({}, (exact - half) * unit, (exact + half) * unit)
+    choose({}, *map(np.array, ends))
     return sorted(found, key=lambda form: sum(form.values()))
 
 

@@ -1,7 +1,8 @@
 """What the tables of several chapters share: numbers as text, a frame as a table, a grid; the tables that recur."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 
 import pandas as pd
 import sympy
@@ -24,13 +25,21 @@ def size(nbytes: float) -> str:
         return NO_FIGURE
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if nbytes < 1024 or unit == "GiB":
-            return f"{nbytes:.3g} {unit}"
+            return f"{digits(nbytes) if nbytes % 1 else format(int(nbytes), ',')} {unit}"
         nbytes /= 1024
 
 
 def digits(value: float) -> str:
-    """Three significant digits, from 0.0001 up without an exponent: "0.0351", "1,210"; a dash for NaN."""
-    return NO_FIGURE if math.isnan(value) else f"{float(f'{value:.3g}'):,.10g}"
+    """Three significant digits, from 0.0001 up without an exponent: "0.0351", "4.00", "1,210"; an integer as one."""
+    near = float(f"{value:.3g}")
+    if math.isnan(near) or isinstance(value, Integral) or abs(near) < 1e-4:
+        return NO_FIGURE if math.isnan(near) else f"{near:,.10g}"
+    return f"{near:,.{max(0, 2 - math.floor(math.log10(abs(near))))}f}"
+
+
+def bracketed(values: Iterable[float], passes: Iterable[float]) -> list[str]:
+    """`digits` of each value, in brackets where fewer than five passes stand behind it."""
+    return [f"({digits(x)})" if count < 5 else digits(x) for x, count in zip(values, passes, strict=True)]
 
 
 def plural(count: int, noun: str) -> str:
@@ -39,10 +48,8 @@ def plural(count: int, noun: str) -> str:
 
 
 def against(measured: float, predicted: float, form: str = ".1f") -> str:
-    """A figure beside its prediction, and by how much that missed, where by more than a quarter."""
-    off = measured / predicted - 1
-    missed = f", missed by {off:+.0%}" if abs(off) > 0.25 else ""
-    return f"{measured:{form}} (predicted {predicted:{form}}{missed})"
+    """A figure beside its prediction, and by how much that missed."""
+    return f"{measured:{form}} (predicted {predicted:{form}}, off by {round(100 * (measured / predicted - 1)) + 0:+d}%)"
 
 
 def mask(rows: pd.DataFrame) -> pd.Series:
@@ -50,13 +57,7 @@ def mask(rows: pd.DataFrame) -> pd.Series:
     return rows["causal"].map({True: "causal", False: "full"})
 
 
-def grid(
-    rows: pd.DataFrame,
-    cells: Iterable,
-    index: str | list[str] = "seq_len",
-    columns: str = "variant",
-    form: str | Callable | None = None,
-) -> Styler:
+def grid(rows: pd.DataFrame, cells: Iterable, index: str | list = "seq_len", columns="variant", form: object = None):
     """A table of `cells`, one for each row, by `index` and the values of `columns`, as these come; form: of numbers."""
     frame = rows.assign(cell=cells).pivot(index=index, columns=columns, values="cell")[rows[columns].unique()]
     names = [str(name) for name in frame]
@@ -98,7 +99,7 @@ def frontiers(rows: pd.DataFrame) -> Styler:
     """Predicted and found largest N per case, and where the difference went, in MiB."""
     rows = slack(rows).rename(columns={"head_dim": "d_model", "allocator": "pool"})
     frame = rows[["variant", *(one for one in ("d_model", "dtype") if rows[one].nunique() > 1), "phase", "pool"]]
-    figures = {"GiB": rows["memory_bytes"] / GIB, "predicted": rows["predicted_seq_len"]}
-    frame = frame.assign(**figures, found=rows["found_seq_len"])
+    figures = {"GiB": rows["memory_bytes"] / GIB}
+    figures |= {one: rows[f"{one}_seq_len"].map("{:,}".format) for one in ("predicted", "found")}
     forms = {"GiB": "{:.1f}", "slack": "{:,.1f}", "tried": "{:,.1f}", "rounding": "{:.3f}", "holes": "{:,.1f}"}
-    return table(frame.assign(**{one: rows[f"{one}_bytes"] / MIB for one in list(forms)[1:]}), forms)
+    return table(frame.assign(**figures, **{one: rows[f"{one}_bytes"] / MIB for one in list(forms)[1:]}), forms)

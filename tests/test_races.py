@@ -87,7 +87,7 @@ def test_crossings_lie_between_those_of_the_interval():
 
 def test_a_crossover_outside_the_lengths_tried_says_so():
     cell = {"shortest": 16, "longest": 1024}
-    assert [races.length(n, cell) for n in (16.0, 99.6, float("inf"))] == ["≤ 16", "100", "> 1024"]
+    assert [races.length(n, cell) for n in (16.0, 99.6, float("inf"))] == ["≤ 16", "100", "> 1,024"]
 
 
 def duels(ratios):

@@ -19,7 +19,8 @@ from report.stored import load, machine_of
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.035123, "0.0351"), (1209.7, "1,210"), (0.000351, "0.000351"), (0.0, "0"), (3, "3"), (math.nan, "–")],
+    [(0.035123, "0.0351"), (1209.7, "1,210"), (0.000351, "0.000351"), (0.0, "0"), (3, "3"), (math.nan, "–")]
+    + [(4.0, "4.00"), (12.0, "12.0"), (-33.0, "-33.0"), (9.996, "10.0"), (999.7, "1,000"), (np.int64(40), "40")],
 )
 def test_three_digits_without_an_exponent(value, text):
     assert tables.digits(value) == text
@@ -27,7 +28,8 @@ def test_three_digits_without_an_exponent(value, text):
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [(1, "1 bytes"), (1023, "1.02e+03 bytes"), (2048, "2 KiB"), (64 * 2**20, "64 MiB"), (2**41, "2.05e+03 GiB")],
+    [(1, "1 bytes"), (1023, "1,023 bytes"), (2048, "2 KiB"), (64 * 2**20, "64 MiB"), (2**41, "2,048 GiB")]
+    + [(2**31 + 2**20, "2.00 GiB"), (1.5 * 2**30, "1.50 GiB")],
 )
 def test_sizes_in_the_largest_unit(nbytes, text):
     assert tables.size(nbytes) == text
@@ -126,9 +128,14 @@ def test_a_colour_belongs_to_a_name_and_not_to_a_place_in_the_table():
     assert {name: plots.colour(name) for name in [*VARIANTS][::-1]} == known and plots.colour("new 3") == new[3]
 
 
-def test_a_prediction_that_missed_is_called_one():
-    assert tables.against(2.2, 2.0) == "2.2 (predicted 2.0)"
-    assert tables.against(1.35, 2.1, ".2f") == "1.35 (predicted 2.10, missed by -36%)"
+def test_a_prediction_is_told_with_its_miss():
+    assert tables.against(2.1, 2.0) == "2.1 (predicted 2.0, off by +5%)"
+    assert tables.against(1.35, 2.1, ".2f") == "1.35 (predicted 2.10, off by -36%)"
+    assert tables.against(0.999, 1.0) == "1.0 (predicted 1.0, off by +0%)"
+
+
+def test_a_time_of_few_passes_stands_in_brackets():
+    assert tables.bracketed([4.0, 0.5, math.nan], [5, 4, math.nan]) == ["4.00", "(0.500)", "–"]
 
 
 def test_one_is_no_plural():
