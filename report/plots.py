@@ -44,7 +44,7 @@ def panels(titles, *, xs, ylabel, device="", sharey=True):
     kind = {"figsize": (WIDTH, HEIGHT), "sharey": sharey, "squeeze": False, "layout": "constrained"}
     figure, (axes,) = plt.subplots(1, len(titles), **kind)
     for ax, title in zip(axes, titles, strict=True):
-        ax.set(yscale="log", title=f"{title} · {device}" if device else title, xlabel="sequence length N", ymargin=0.13)
+        ax.set(yscale="log", title=f"{title} · {device}" if device else title, xlabel="sequence length N", ymargin=0.16)
         over_lengths(ax, xs)
     axes[0].set_ylabel(ylabel)
     return figure, axes
@@ -118,7 +118,7 @@ def roofline(points, *, copy_gb_s, product_tflop_s, device):
         look = {"ms": 6 + 4 * alike[place + 1 :].sum(), "mfc": own if forth else "none"}  # one is a ring around another
         ax.plot(row.intensity, row.tflop_s, "o" if forth else "s", mec=own, **look)
         taken = [((way * aside > 0.12) & (way * aside < 1) & (abs(above) < 0.2)).any() for way in (1, -1)]
-        offset, ha = [((7, 0), "left"), ((-7, 0), "right"), ((0, 9), "center")][[*taken, False].index(False)]
+        offset, ha = [((7, 0), "left"), ((-7, 0), "right"), ((6, -8), "left")][[*taken, False].index(False)]
         text = "" if alike[:place].any() else ", ".join(points["variant"][alike])
         look = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
         ax.annotate(text, (row.intensity, row.tflop_s), offset, ha=ha, **look)
