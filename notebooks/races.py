@@ -218,7 +218,7 @@ def memory_crossovers(rivals: Mapping[str, str], head_dims: Iterable[int], machi
     found = []
     for (dtype, name), d in product(rivals.items(), head_dims):
         both, shape = (VARIANTS["naive"], VARIANTS[name]), Shape(1, 8, 1, d, dtype)
-        row = {"dtype": dtype, "head_dim": d, "flash": name}
+        row = {"dtype": dtype, "D": d, "flash": name}
         for title, phase in (("forward", "forward"), ("training", "backward")):
             row[f"{title}, from N"] = f"{memory_crossover(*both, shape, phase, machine):,}"
         less, more = (size(bytes_needed(one, at_length(shape, 16384), machine)) for one in reversed(both))
