@@ -130,13 +130,8 @@ def work_004(variant: Variant, shape: Shape, machine: Machine) -> dict[str, int]
 def pooled(variant: Variant, shape: Shape, device: str, passes: int) -> dict[str, Any]:
     """Milliseconds of a forward pass on the user's clock, with the pool of the one before, and with an emptied one."""
     fn = partial(variant.fn, *variant.inputs(shape, device), causal=shape.causal)
-
-    def anew() -> None:
-        torch.cuda.empty_cache()
-        fn()
-
-    times = {"pooled_ms": alone(fn, device, passes), "anew_ms": alone(anew, device, passes)}
-    return shape.columns() | {name: median(ms) for name, ms in times.items()}
+    times = {"pooled_ms": fn, "anew_ms": lambda: (torch.cuda.empty_cache(), fn())}
+    return shape.columns() | {name: median(alone(one, device, passes)) for name, one in times.items()}
 
 
 def joined(shape: Shape, device: str, passes: int) -> dict[str, Any]:

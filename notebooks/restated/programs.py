@@ -111,7 +111,7 @@ def stack_table(depths: Iterable[int], held: Mapping[tuple[int, bool], pd.Series
     lines = []
     for depth in depths:
         pair, line = [held.get((depth, again)) for again in (False, True)], {"blocks": str(depth)}
-        for title, column, unit in (("kept", "saved", 2**20), ("peak", "backward_peak", 2**20), ("ms", "", 1)):
+        for title, column, unit in (("saved", "saved", 2**20), ("peak", "backward_peak", 2**20), ("ms", "", 1)):
             for again, one in zip(("", ", recomputed"), pair, strict=True):
                 known = one is not None and (column or one["forward_backward_ms_count"] >= FEWEST)
                 value = one[f"{column}_bytes" if column else "forward_backward_ms"] / unit if known else math.nan
