@@ -1,5 +1,6 @@
 """The pictures of notebook 04: branches as strided views, when dilated attention pays, and time per token."""
 
+import re
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ from attnlib.core import PHASES, Shape
 from attnlib.dilated.definition import dilated_reach
 from attnlib.dilated.views import Branches, all_views, offset
 from report import plots
+from report.tables import digits
 
 
 def schematic(branches: Branches, heads: int, seq_len: int):
@@ -47,6 +49,16 @@ def schematic(branches: Branches, heads: int, seq_len: int):
     return figure
 
 
+def rounded(text: str) -> str:
+    """A text whose long numbers have three digits and commas."""
+    return re.sub(r"\d{4,}", lambda found: f"{float(f'{float(found[0]):.3g}'):,.0f}", text)
+
+
+def span(values: pd.Series, form: str = "") -> str:
+    """The smallest to the largest of some values, or the one where they print alike."""
+    return " to ".join(dict.fromkeys(f"{x:{form}}" if form else digits(x) for x in (values.min(), values.max())))
+
+
 def paying(by_clock: Mapping[str, pd.DataFrame], promised: Mapping[int, float], device: str):
     """Ratios of duels against N, one panel per phase, a line with its interval for each clock; dashed, what the
     operations promise."""
@@ -57,15 +69,14 @@ def paying(by_clock: Mapping[str, pd.DataFrame], promised: Mapping[int, float], 
         near, far = sorted(promised)[-2:]
         middle = (near * far) ** 0.5, (promised[near] * promised[far]) ** 0.5
         ax.annotate("promised", middle, (-6, 4), textcoords="offset points", size=8, ha="right")
-        above = len(by_clock) > 1
-        for own, (clock, rows) in zip((plots.colour("dilated"), "#d55e00"), by_clock.items(), strict=False):
+        above, own = len(by_clock) > 1, plots.colour("dilated")
+        for style, (clock, rows) in zip(("-", "-."), by_clock.items(), strict=False):
             cell = rows[rows["phase"] == phase].sort_values("seq_len")
             ax.fill_between(cell["seq_len"], cell["low"], cell["high"], color=own, alpha=0.3, lw=0)
-            plots.line(ax, cell["seq_len"], cell["ratio"], own, clock)
+            plots.line(ax, cell["seq_len"], cell["ratio"], own, clock, f"o{style}")
             beside, above = (0, 9) if above else (4, -11), False
-            ax.annotate(
-                clock, cell[["seq_len", "ratio"]].iloc[0], beside, textcoords="offset points", color=own, size=8
-            )
+            at = cell[["seq_len", "ratio"]].iloc[0]
+            ax.annotate(clock, at, beside, textcoords="offset points", color=own, size=8)
         ax.margins(y=0.12)
         plots.times(ax, (0.2, 0.5, 2, 5, 20))
     figure.set_figheight(2.4)

@@ -44,7 +44,7 @@ def growths(rows: pd.DataFrame, column: str, axis: str) -> list[float]:
 def along(both: pd.DataFrame, name: str, axis: str):
     """004's scaling tables, along one axis: times, the factor to the first, and the local exponent in that axis."""
     rows = both[both["table"] == name].sort_values(axis)
-    frame = pd.DataFrame({axis: rows[axis]})
+    frame = pd.DataFrame({"N" if axis == "seq_len" else axis: rows[axis]})
     for which, after in (("ours", ""), ("theirs", ", 004")):
         ms = rows[f"forward_ms_{which}"].tolist()
         slopes = [f"{one:.2f}" for one in growths(rows, f"forward_ms_{which}", axis)]
@@ -103,8 +103,8 @@ def rates(found: pd.DataFrame):
         for title, (one, other, form) in columns.items()
     }
     rows = found.assign(mask=mask(found), dilated=found["tflop_s"].map(digits), **cells)
-    names = [name for name in ("head_dim", "mask", "phase", "kernel") if rows[name].nunique() > 1 or name == "phase"]
-    return table(rows[[*names, "dilated", *columns]])
+    names = [name for name in ("mask", "phase", "kernel") if rows[name].nunique() > 1 or name == "phase"]
+    return table(rows.rename(columns={"head_dim": "D"})[["D", *names, "dilated", *columns]])
 
 
 def by_kind(profiled: pd.DataFrame, on_cpu: bool) -> pd.DataFrame:
