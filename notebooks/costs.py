@@ -37,9 +37,10 @@ def spellings_drawn(timed: pd.DataFrame, trained: pd.DataFrame, machine: Machine
         told = "" if what["fused"] == "itself" else f"{what['before']:.1f} → "
         told += "fused" if what["fused"] else f"{what['after']:.1f}"
         ax.text(1.02, at, told, transform=ax.get_yaxis_transform(), va="center", fontsize=7.5)
-    ax.text(1.02, len(timed), "matrices kept", transform=ax.get_yaxis_transform(), va="center", fontsize=7.5)
+    ax.text(1.02, len(timed), "matrices saved", transform=ax.get_yaxis_transform(), va="center", fontsize=7.5)
     ax.set_yticks(range(len(timed)), timed["spelling"], fontsize=7.5)
-    ax.set(xscale="log", xlabel=f"time over that of the fused call · {machine.name}, {timed['dtype'].iloc[0]}")
+    sized = "{dtype}, {heads} heads × {seq_len:,} × {head_dim}".format(**timed.iloc[0])
+    ax.set(xscale="log", xlabel=f"time over that of the fused call · {machine.name}, {sized}")
     ax.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20], [f"{tick:g}×" for tick in ticks])
     ax.minorticks_off()
     return figure
@@ -75,8 +76,7 @@ def other_versions(run: Run, atlas: pd.DataFrame) -> list[str]:
 
 def as_their_kernel(trained: pd.DataFrame, machine: Machine) -> tuple[int, int]:
     """How many spellings became a fused kernel that has a law, and how many of them keep what it says."""
-    names = {"_for_cpu": "sdpa_flash", "cudnn": "sdpa_cudnn", "efficient": "sdpa_efficient"}
-    names["flash_attention"] = "sdpa_flash"
+    names = {"cudnn": "sdpa_cudnn", "efficient": "sdpa_efficient", "flash_attention": "sdpa_flash"}
     kept = []
     for row in trained[trained["fused"] != ""].to_dict("records"):
         kernel = VARIANTS[next(names[part] for part in names if part in row["fused"])]
@@ -93,15 +93,17 @@ def repeats(rows: pd.DataFrame) -> pd.Series:
 def twice(again: pd.DataFrame):
     """Passes as they come → under deterministic algorithms."""
     found = []
-    for (name, heads, n), rows in again.assign(same=repeats(again)).groupby(
-        ["variant", "heads", "seq_len"], sort=False
-    ):
+    again = again.assign(same=repeats(again))
+    for (name, heads, n), rows in again.groupby(["variant", "heads", "seq_len"], sort=False):
         plain, strict = rows.sort_values("deterministic").to_dict("records")
         ran = pd.isna(strict["refused"])
         bits = ["yes" if one["same"] else "no" for one in (plain, strict)]
-        cells = {"variant": name, "heads": heads, "N": n, "same bits": f"{bits[0]} → {bits[1] if ran else 'refused'}"}
+        cells = {"variant": name, "heads": heads, "N": n, "D": plain["head_dim"], "type": plain["dtype"]}
+        cells["same bits"] = f"{bits[0]} → {bits[1] if ran else 'refused'}"
         for title, column, show in (("ms", "ms", digits), ("peak", "peak_bytes", size)):
             cells[title] = show(plain[column]) + (f" → {show(strict[column])}" if ran else "")
+        if (beyond := plain["peak_bytes"] - plain["law_bytes"]) > 0:
+            cells["peak"] = cells["peak"].replace(" →", f" ({size(beyond)} beyond) →")
         found.append(cells)
     return table(pd.DataFrame(found))
 
@@ -110,9 +112,8 @@ def energies(first: pd.DataFrame, idle: float):
     """The energy of each call, by `what`; idle: watts."""
     lines = []
     for what, row in first.drop(index="idle", errors="ignore").iterrows():
-        ends = f"[{digits(row['low'])}, {digits(row['high'])}]"
-        line = {"what": what, "joules": f"{digits(row['joules'])} {ends}"}
-        line["without idle"] = digits(row["joules"] - idle * row["ms"] / 1e3)
+        line = {"what": what, "joules": f"{digits(row['joules'])} [{digits(row['low'])}, {digits(row['high'])}]"}
+        line |= {"without idle": digits(row["joules"] - idle * row["ms"] / 1e3)}
         line |= {"watts": f"{row['watts']:.0f}", "MHz": f"{row['clock_mhz']:.0f}"}
         line["GFLOP/J"] = digits(row["work"] / row["joules"] / 1e9) if row["work"] else NO_FIGURE
         lines.append(line | {"ms": digits(row["ms"]), "over a burst": f"{row['ms'] / row['burst_ms']:.2f}×"})
@@ -141,8 +142,7 @@ def passes_tried(run: Run, speeds: pd.DataFrame, machine: Machine) -> pd.DataFra
     shorter = [w // (16 if machine.is_cpu else 1) for w in SEGMENTS]
     known = {name: one for name, one in VARIANTS.items() if name not in ("tiled", "naive_compiled")}
     sources = dict.fromkeys([("01", "naive_sweep"), ("01", "options"), ("03", "protocol"), ("03", "memory")], known)
-    sources["03", "block"] = {name: in_block(one) for name, one in known.items()}
-    sources |= {("04", "memory"): over}
+    sources |= {("03", "block"): {name: in_block(one) for name, one in known.items()}, ("04", "memory"): over}
     sources["04", "lengths"] = {"dilated": dilated_variant("dilated", shorter, (1, 2, 4, 6, 12), kernel=names[0])}
     made, found = Forecast(speeds, machine), []
     for (chapter, name), variants in sources.items():
@@ -166,12 +166,14 @@ def points_drawn(points: pd.DataFrame, limit: float, machine: Machine):
         ax.set(xscale="log", yscale="log", title=f"chapter {chapter}")
         for end in (1 - limit, 1, 1 + limit):
             plots.level(ax, end)
-        plots.times(ax, (0.5, 0.7, 2))
-    figure.axes[0].set_ylabel("forecast ÷ measured")
-    for ax in figure.axes:
-        ax.set_xlabel("measured, ms")
-    figure.axes[-1].legend(title=machine.name, title_fontsize=7.5, fontsize=7.5, loc="lower right")
-    return figure
+            ax.text(
+                1.01, end, f"{end - 1:+.0%}".replace("+0%", ""), transform=ax.get_yaxis_transform(), size=6, va="center"
+            )
+        ax.set_yticks(ticks := (0.7, 0.8, 1, 1.2, 1.5), [f"{tick}×" for tick in ticks])
+        ax.set_yticks([], minor=True)
+    figure.supylabel("forecast ÷ measured", size="medium")
+    figure.supxlabel(f"measured, ms · {machine.name}", size="medium")
+    return plots.legend(figure, figure.axes[-1])
 
 
 def misses(points: pd.DataFrame, limit: float):
