@@ -106,14 +106,11 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
             stopped.append(f"chapter {int(number)} stopped before its end: {reason}")
         print(f"{notebook.name} {'stopped' if reason else 'done'} in {time.monotonic() - begun:.0f} s", flush=True)
     claims, failed = claims_of(out)
-    fallen = [law for law in claims if law["kind"] == "law" and not law["holds"]]
     told = "chapter {}: {claim} (expected {expected}, measured {measured})"
+    fallen = (law for law in claims if law["kind"] == "law" and not law["holds"])
     broken = [told.format(int(law["notebook"][:2]), **law) for law in fallen]
     notices = [("broken", f"**Broken law**, {plain(text)}") for text in broken]
-    notices += [
-        ("notice", plain(text[0].upper() + text[1:]))
-        for text in (*stopped, *failed, *missing, *stored.notes_of(folder, machine))
-    ]
+    notices += [("notice", plain(text[0].upper() + text[1:])) for text in (*stopped, *failed, *missing, *machine.notes)]
     wrong = [f"broken law, {text}" for text in broken] + stopped + failed
     if lacking := [name for name in ("pypandoc", "typst") if not importlib.util.find_spec(name)]:
         print(f"measured, not exported: this Python lacks {', '.join(lacking)}; elsewhere: make replay DEVICE={folder}")

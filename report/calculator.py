@@ -64,5 +64,4 @@ def laws_in_javascript(machine: Machine) -> str:
             facts = {"refused": refused(variant, machine), "rates": bounds}
             function = f"({symbols}) => ({javascript(formulas_of(variant))})"
             lines.append(f"{json.dumps(name)}: {{formulas: {function}, ...{json.dumps(facts)}}}")
-    variants = ",\n".join(lines)
-    return f"const ATTENTION = {{...{json.dumps(about)}, variants: {{\n{variants}}}}};\n"
+    return f"const ATTENTION = {{...{json.dumps(about)}, variants: {{\n" + ",\n".join(lines) + "}};\n"

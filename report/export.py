@@ -90,7 +90,8 @@ def facts(folder: str, machine: Machine) -> dict[str, str]:
     """What the title page says of where a report is from; of rows that no commit has, or without git, no commit."""
     git = ["git", "log", "-1", "--format=%h of %as", "--", f"data/{folder}/[0-9]*.csv"]  # the claims are made of them
     told = shutil.which("git") and subprocess.run(git, cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
-    return {"Device": machine.name, "Measured": machine.date} | ({"Rows": told} if told else {})
+    named = {"Device": machine.name + machine.is_cpu * f", {machine.threads} threads", "Measured": machine.date}
+    return named | ({"Rows": told} if told else {})
 
 
 def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared: list[str], laws: str = ""):

@@ -119,9 +119,8 @@ def roofline(points, *, copy_gb_s, product_tflop_s, device):
         ax.plot(row.intensity, row.tflop_s, "o" if forth else "s", mec=own, **look)
         taken = [((way * aside > 0.12) & (way * aside < 1) & (abs(above) < 0.2)).any() for way in (1, -1)]
         offset, ha = [((7, 0), "left"), ((-7, 0), "right"), ((6, -8), "left")][[*taken, False].index(False)]
-        text = "" if alike[:place].any() else ", ".join(points["variant"][alike])
-        look = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
-        ax.annotate(text, (row.intensity, row.tflop_s), offset, ha=ha, **look)
+        text, how = "" if alike[:place].any() else ", ".join(points["variant"][alike]), {"va": "center", "size": 7.5}
+        ax.annotate(text, (row.intensity, row.tflop_s), offset, textcoords="offset points", ha=ha, **how)
     ax.set(xscale="log", yscale="log", xlabel="useful operations per byte of memory traffic", ylabel="useful TFLOP/s")
     roof = f"slope: a copy, {copy_gb_s:,.0f} GB/s · top: a matrix product, {product_tflop_s:,.3g} TFLOP/s"
     ax.set(title=f"{device} · {roof}", ylim=(min(points["tflop_s"]) / 2, 2 * product_tflop_s))

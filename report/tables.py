@@ -61,8 +61,8 @@ def grid(rows: pd.DataFrame, cells: Iterable, index: str | list = "seq_len", col
     """A table of `cells`, one for each row, by `index` and the values of `columns`, as these come; form: of numbers."""
     frame = rows.assign(cell=cells).pivot(index=index, columns=columns, values="cell")[rows[columns].unique()]
     names = [str(name) for name in frame]
-    frame, forms = frame.set_axis(names, axis=1).reset_index(), dict.fromkeys(names, form) if form else {}
-    return table(frame, forms | {one: "{:,}" for one in ("N", "seq_len") if one in frame})
+    frame = frame.set_axis(names, axis=1).reset_index()
+    return table(frame, dict.fromkeys(names, form) | {one: "{:,}" for one in ("N", "seq_len") if one in frame})
 
 
 def formula(law: Law, account: str, given: Mapping | None = None) -> str:
