@@ -176,6 +176,20 @@ def road(machine: Machine):
     return figure
 
 
+def became(run: Run) -> pd.Series:
+    """The fused operator that each spelling of chapter 5 became in training, in the type that names the series, or ""."""
+    atlas = run.of_chapter("05", "atlas", ["saved_bytes"]).query("training and spelling != 'the fused call'")
+    dtype = atlas["dtype"].iloc[0]
+    return atlas[atlas["dtype"] == dtype].set_index("spelling")["fused"].fillna("").rename(dtype)
+
+
+def recognised(spelled: pd.Series) -> str:
+    """How many ways to spell attention a compiler turned into a fused kernel, and how many of those with a mask."""
+    masked = spelled[spelled.index.str.contains("causal")]
+    told = f"{(spelled != '').sum()} of {len(spelled)} ways to spell attention in {spelled.name} become a fused kernel when"
+    return f"{told} compiled for training, and {(masked != '').sum()} of the {len(masked)} with a mask"
+
+
 def to_repeat(again: pd.DataFrame) -> tuple[str, str]:
     """Of rows of repeated passes the kernel to take if bits must repeat, the fastest of those that do in all of
     their rows at the longest N when asked to, and what that costs it."""

@@ -30,8 +30,8 @@ def on_dark(colour: str, what: str = "line") -> str:
     hue, light, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
     (other, least), power = CONTRASTS[what], 2 if what == "text" else 1
     light = INK + (PAPER - INK) * light**power if saturation < 0.05 else light
-    faint = what == "line" and saturation < 0.05  # a grid
-    while contrast(found := to_hex(colorsys.hls_to_rgb(hue, light, saturation)), other) < least and not faint:
+    least *= what != "line" or saturation >= 0.05  # a grid is faint
+    while contrast(found := to_hex(colorsys.hls_to_rgb(hue, light, saturation)), other) < least:
         light += -0.01 if what == "area" else 0.01
     return found
 

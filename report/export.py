@@ -112,11 +112,10 @@ def export(out: Path, machine: Machine, notices: list[tuple[str, str]], declared
     (work / "html").mkdir()
     for figure in work.glob("*.svg"):
         (work / "html" / figure.name).write_text(with_dark_version(figure.read_text("utf-8")), "utf-8")
-    about = {"title": "The cost of attention", "subtitle": "Measured, predicted, and explained", "lang": "en"}
-    about |= {"device": machine.name, "date": machine.date, "declared": declared}
-    about |= {"versions": f"PyTorch {machine.torch}, Python {machine.python}"}
+    about = {"title": "The cost of attention", "subtitle": "Measured, predicted, and explained", "declared": declared}
+    about |= {"device": machine.name, "versions": f"PyTorch {machine.torch}, Python {machine.python}", "lang": "en"}
     about |= {"facts": [{"what": what, "text": plain(text)} for what, text in facts(out.name, machine).items()]}
-    about |= {"notices": [{"look": look, "text": text} for look, text in notices]}
+    about |= {"notices": [{"look": look, "text": text} for look, text in notices], "date": machine.date}
     (work / "about.json").write_text(json.dumps(about), "utf-8")
     for to in ("html", "typst"):
         command = [pypandoc.get_pandoc_path(), "report.md", "--from=markdown", f"--to={to}", f"--output=report.{to}"]

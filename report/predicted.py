@@ -61,6 +61,6 @@ def solutions(variant: Variant, shape: Shape, phase: str, machine: Machine) -> d
     found = {}
     for operation, terms in (moment for peak in peaks_until(phase) for moment in variant.law.moments(peak).items()):
         total = sympy.Add(3 * B * H * N * D * e, *terms.values()).subs(values)
-        roots = sympy.solve(total - M, LENGTH, simplify=False)  # which takes long, of each
+        roots = sympy.solve(total - M, LENGTH, simplify=False)
         found[operation] = max(roots, key=lambda root: root.subs(M, 2**60)).simplify()
     return found
