@@ -1,5 +1,6 @@
 """The pictures of notebook 04: branches as strided views, when dilated attention pays, and time per token."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -102,3 +103,48 @@ def per_token(cases: Mapping[str, pd.DataFrame], device: str):
         ax.yaxis.set_minor_locator(NullLocator())
     figure.set_figheight(2.4)
     return figure
+
+
+def froms(by_clock: Mapping[str, pd.DataFrame]) -> list[str]:
+    """From which N on dilated attention pays by each clock, from crossings: between which where one run has only its
+    interval."""
+    told = []
+    for clock, cells in by_clock.items():
+        each = []
+        for phase, cell in cells.groupby("phase", sort=False):
+            ends = [rounded(f"{n:.0f}") for n in sorted(cell["seq_len"]) if math.isfinite(n)]
+            span = f"from N = {' to '.join(dict.fromkeys(ends))} on" if ends else "at no length tried"
+            low, high = cell[["low", "high"]].iloc[0]
+            if len(cell) == 1 and math.isfinite(high) and low < high:  # no second run
+                span = f"from somewhere between N = {low:.0f} and {high:.0f} on"
+            each.append(rounded(f"{phase} {span}"))
+        told.append(f"{clock}, {' and '.join(each)}")
+    return told
+
+
+def few_behind(at: pd.DataFrame, base: int) -> list[str]:
+    """Which times of lengths from `base` on stand on fewer than five passes, and from where on."""
+    counted = {"forward": "forward_ms_count", "of both passes together": "forward_backward_ms_count"}
+    few = {what: at.index[(at.index >= base) & (at[column] < 5)] for what, column in counted.items()}
+    return [f"{what} from N = {ns[0]:,} on" for what, ns in few.items() if len(ns)]
+
+
+def flatness(times: pd.Series, base: int, flat: Mapping[str, bool], few: list[str], lengths: pd.DataFrame) -> list[str]:
+    """What is to be said of the time of a token over N, and of where memory ended."""
+    told, whole = [], (digits(times.min()), digits(times.max()))
+    later = [digits(end) for end in (times.iloc[1:].min(), times.iloc[1:].max())]
+    if flat:
+        grown = f"While $N$ grows {times.index[-1] / base:,.0f}-fold, the forward time of a token lies between"
+        told += [
+            f"The line is {'as' if all(flat.values()) else 'not as'} flat as predicted. {grown} {' and '.join(whole)} ns,"
+        ]
+        told[-1] += f" and from the second of these lengths on between {' and '.join(later)} ns."
+    if few:
+        told += [
+            f"Fewer than five passes stand behind these times {', and '.join(few)}; @tbl-dilated-lengths counts them."
+        ]
+    ended = lengths[lengths["status"] != "ok"]
+    return told + [
+        f"At N = {n:,} memory ends in the {phase} pass."
+        for n, phase in zip(ended["seq_len"], ended["phase"], strict=True)
+    ]

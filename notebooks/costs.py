@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from attnlib import VARIANTS
-from attnlib.core import Machine
+from attnlib.core import Machine, Shape
 from attnlib.dilated.attention import dilated_variant
 from attnlib.laws import law_of
 from attnlib.rows import SIZES, shape_of
@@ -16,7 +16,7 @@ from report.forecast import Forecast, forecasts
 from report.run import Run
 from report.skipping import NotMeasured
 from report.stored import rows_of
-from report.tables import NO_FIGURE, digits, size, table
+from report.tables import MIB, NO_FIGURE, digits, size, table
 
 SEGMENTS = (2048, 4096, 8192, 16384, 32768)  # chapter 4's own
 
@@ -186,3 +186,16 @@ def misses(points: pd.DataFrame, limit: float):
         cells |= {"largest": f"{off[off.abs().idxmax()]:+.0%}", "of other shapes": len(new)}
         found.append(cells | {"of these": f"{(new <= limit).mean():.0%}" if len(new) else NO_FIGURE})
     return table(pd.DataFrame(found))
+
+
+def not_in_it(run: Run, shape: Shape, names: tuple[str, ...]) -> list[str]:
+    """What chapter 3 measured of kernels at a shape: each one's peak and time; nothing where it was not measured."""
+    if not there(run, "03", "memory"):
+        return []
+    rows, want = run.of_chapter("03", "memory"), shape.columns()
+    rows = rows[rows["variant"].isin(names) & rows[[*want]].eq([*want.values()]).all(axis=1)]
+    rows = rows[rows["forward_backward_ms"].notna()].itertuples()
+    return [
+        f"`{row.variant}` peaks at {digits(row.backward_peak_bytes / MIB)} MiB and takes {digits(row.forward_backward_ms)} ms"
+        for row in rows
+    ]

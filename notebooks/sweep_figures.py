@@ -1,16 +1,17 @@
 """The pictures of chapter 1: a sweep against its predictions, a profile against its ceilings."""
 
 import re
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.patches import Patch
 
-from attnlib.core import PHASES
+from attnlib.core import PHASES, Machine
 from report import plots
 from report.anatomy import short_name
-from report.tables import bracketed, size
+from report.tables import bracketed, digits, size
 
 PAIRED = 0.02  # lines closer than this are drawn one around the other, so that none hides
 BEYOND = 1.5  # a share of a ceiling above which the prediction counts what was not done
@@ -149,3 +150,38 @@ def in_short(rows: pd.DataFrame, machine) -> str:
     best = [at.index[at[one] == at[one].min()] for one in ("forward_backward_ms", "backward_peak_bytes")]
     fast, small = (", ".join(f"`{name}`" for name in names) for names in best)
     return f"{told} The least time takes {fast}, the least memory {small}.{stops if lost else ''}"
+
+
+def speeds_told(machine: Machine) -> list[tuple[str, str, str]]:
+    """Lines of a table of a machine's ceilings: what, of which size, type or clock, and how fast."""
+    ceilings = machine.ceilings
+    lines = [("launch of one operation", "" if machine.is_cpu else "the host", f"{ceilings['launch_us']:.1f} µs")]
+    if not machine.is_cpu and "graph_us" in ceilings:
+        lines += [("the same", "the device, in a graph", f"{ceilings['graph_us']:.2f} µs")]
+    for kind in ("copy", "clone"):
+        for n, rate in ceilings[f"{kind}_gb_s"].items():
+            cached = ", in the L2 cache" * (2 * int(n) <= machine.l2_bytes)
+            lines += [(f"{kind} of a tensor", f"{size(int(n))}{cached}", f"{rate:,.0f} GB/s")]
+    return lines + [("matrix product", t, f"{digits(rate)} TFLOP/s") for t, rate in ceilings["gemm_tflop_s"].items()]
+
+
+def in_pieces(outdone: pd.DataFrame, machine: Machine) -> str:
+    """What is to be said of points that ran out of memory though their laws had room: which, and what was said there."""
+    said = outdone["reason"].iloc[0].split("Of the allocated memory ")[-1].split(" If ")[0].rstrip(".")
+    named = zip(outdone["variant"], outdone["seq_len"], strict=True)
+    told = f"By its law there was room for {' and '.join(f'`{name}` at N = {n:,}' for name, n in named)}."
+    pieces = "What is reserved and unallocated the caching allocator holds in pieces, none of which is large enough for"
+    more = "" if machine.is_cpu else f" {pieces} the next matrix: total memory is a budget, not a promise."
+    return f"{told} What was said there: *{said}*.{more}"
+
+
+def prices(rows: pd.DataFrame, last: pd.DataFrame, moved: Mapping[str, float], near: pd.Series) -> pd.DataFrame:
+    """Of each program at the longest N, `last`, what it moves, in matrices, and takes, and holds; of all its `rows` the
+    longest N that trained. near: its time over its floor."""
+    trained = rows[rows["status"] == "ok"].groupby("variant")["seq_len"].max()
+    floors, times = last["forward_floor_ms"] + last["backward_floor_ms"], last["forward_backward_ms"]
+    columns = {"program": [*last.index], "moved": [f"{x:.1f}" for x in moved.values()], "floor ms": floors.map(digits)}
+    columns |= {"measured ms": bracketed(times, last["forward_backward_ms_count"])}
+    columns |= {"of the floor": [f"{near[name]:.2f}×" for name in last.index]}
+    columns |= {"saved": last["saved_bytes"].map(size), "peak": last["backward_peak_bytes"].map(size)}
+    return pd.DataFrame(columns | {"trained up to N": [f"{trained[name]:,}" for name in last.index]})

@@ -1,24 +1,27 @@
 """What two GPUs take to share a sequence, for chapter 6: the link, each scheme, its kernels and its exchanges alone."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
 
-from attnlib.core import PHASES, Shape, UserError
-from attnlib.dilated.attention import dilated
-from attnlib.laws import useful_flops
+from attnlib.core import PHASES, Machine, Shape, UserError
+from attnlib.dilated.attention import dilated, dilated_variant
+from attnlib.laws import ACCOUNTS, evaluate, useful_flops
 from attnlib.parallel.layout import Place
 from attnlib.parallel.link import Link
 from attnlib.parallel.ring import keys_and_values
 from attnlib.rows import shape_of
 from attnlib.timing.clock import CACHE_BYTES, CYCLES_PER_MS
 from attnlib.timing.sweep import Row
-from notebooks.ranks import SEGMENTS_AND_RATES, attention_of
+from notebooks.ranks import SEGMENTS_AND_RATES, attention_of, sent_by_law
+from report.tables import size
 
 MESSAGES = ["message_bytes", "there_ms", "back_ms", "both_ways_ms"]
 BESIDE = ["kernel_ms", "exchange_ms", "together_ms", "seq_len"]
@@ -166,3 +169,22 @@ def kernel_and_exchange(link, device, kernel, sizes) -> list[Row]:
 
     calls = {"kernel_ms": lambda: fn(*inputs), "exchange_ms": lambda: begin()(), "together_ms": together_ms}
     return [{"kernel": kernel, **sizes, **{what: slowest_ms(call, link) for what, call in calls.items()}}]
+
+
+def million(run, parts: Mapping[int, Shape], fullest: Mapping[int, int], gpu: Machine) -> pd.DataFrame:
+    """What 2²⁰ tokens need by scheme and number of GPUs, computed. parts: `{GPUs: what each holds}`; fullest: bytes of
+    the fullest of them in a ring, beside its inputs."""
+    (kernel_rate, link_rate), rows = measured_rates(run), []
+    sparse = dilated_variant("dilated", *SEGMENTS_AND_RATES.values(), kernel="cudnn")
+    for count, scheme in product(parts, ("ring", "dilated")):
+        part = parts[count]
+        held = max(sparse.law.bytes(a, part, gpu) for a in ACCOUNTS) if scheme == "dilated" else fullest[count]
+        whole = {**part.columns(), "seq_len": 2**20, "variant": scheme, "ranks": count, "rank": 0}
+        sends = sum(sent_by_law(whole, tuple(zip(*SEGMENTS_AND_RATES.values(), strict=True))))
+        flops = [evaluate(f, part, gpu) for f in (sparse.flops.forward, sparse.flops.backward)]
+        dense = [useful_flops(Shape(1, 16, 2**20, 128, "bfloat16", True), phase) / count for phase in PHASES]
+        seconds = sum(flops if scheme == "dilated" else dense) / kernel_rate
+        rows.append([scheme, count, size(held), size(sends), seconds, sends / link_rate])
+    columns = ["scheme", "GPUs", "memory", "sent", "computing, s", "sending, s"]
+    frame = pd.DataFrame(rows, columns=columns).dropna(axis=1, how="all")
+    return frame.sort_values("scheme", ascending=False, kind="stable")
