@@ -105,7 +105,7 @@ def per_token(cases: Mapping[str, pd.DataFrame], device: str):
     return figure
 
 
-def froms(by_clock: Mapping[str, pd.DataFrame]) -> list[str]:
+def pays_from(by_clock: Mapping[str, pd.DataFrame]) -> list[str]:
     """From which N on dilated attention pays by each clock, from crossings: between which where one run has only its
     interval."""
     told = []
