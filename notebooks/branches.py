@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -14,6 +15,8 @@ from attnlib.core import PHASES, Shape
 from attnlib.dilated.definition import dilated_reach
 from attnlib.dilated.views import Branches, all_views, offset
 from report import plots
+from report.run import Run
+from report.skipping import NotMeasured
 from report.tables import digits
 
 
@@ -148,3 +151,13 @@ def flatness(times: pd.Series, base: int, flat: Mapping[str, bool], few: list[st
         f"At N = {n:,} memory ends in the {phase} pass."
         for n, phase in zip(ended["seq_len"], ended["phase"], strict=True)
     ]
+
+
+def patterns(run: Run) -> str:
+    """What chapter 4's sparse patterns of as many keys take forward, in words; nothing where they were not measured."""
+    names = ["window", "random_blocks", "dilated_1024"]
+    with suppress(NotMeasured):
+        rows = run.of_chapter("04", "remedies").set_index("variant")["forward_ms"].dropna()
+        told = [f"{name} {digits(rows[name])}" for name in names if name in rows.index]
+        return f"; of about a thousand keys at the length tried there, forward, ms: {', '.join(told)}" if told else ""
+    return ""

@@ -106,7 +106,7 @@ def peaks(rows: pd.DataFrame, title: str):
         ax.plot(one["seq_len"], one["backward_peak_bytes"] / unit, "o", color=own, ms=4)
         ax.plot(one["seq_len"][lost], law[lost], "x", color=own, ms=7, mew=2)
         ends[name] = (one["seq_len"].iloc[-1], law.iloc[-1], own)
-    plots.name_ends(ax, ends, under=15)
+    plots.name_ends(ax, ends, near=0.01, under=15)
     return figure
 
 

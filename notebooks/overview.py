@@ -14,6 +14,7 @@ from attnlib.dilated.attention import dilated_variant
 from attnlib.laws import LINEAR, SCORES, Variant, evaluate, law_of
 from attnlib.memory.fit import largest_seq_len
 from notebooks import races
+from notebooks.branches import patterns
 from report import plots, stored
 from report.predicted import with_laws
 from report.race import duels
@@ -231,12 +232,15 @@ def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str],
     won, lost = (mine["of_default_low"] > 1).sum(), mine[mine["of_default_high"] < 1]
     where = sorted({f"{phase} at N = {n:,}" for phase, n in zip(lost["phase"], lost["seq_len"], strict=True)})
     default = f"wins {won} of {len(mine)} races against PyTorch's default, loses {', '.join([str(len(lost)), *where])}"
-    longer = f"over {opponent} {starting(pays)}" + f"; beside {best} {told}" * (best != opponent)
+    brief = every[(every["seq_len"] == every["seq_len"].min()) & (every["kind"] != "dilated")].set_index("kind")["ms"]
+    quick = ", ".join(f"{one} {digits(HEADS * brief[one])}" for one in dict.fromkeys([brief.idxmin(), second, "naive"]))
+    each = f"a training pass at N = {every['seq_len'].min():,}, ms: {quick}; {second} over naive, {froms}"
+    longer = f"over {opponent} {starting(pays)}" + f"; beside {best} {told}" * (best != opponent) + patterns(run)
     lines = [
         ("all pairs, causal or not", best, "what PyTorch picks by itself" if same else default, "3"),
-        ("short sequences, no mask", second, f"over naive, {froms}", "3"),
+        ("short sequences, no mask", brief.idxmin(), each, "3"),
         ("the weights themselves", "naive", ends, "2, 3"),
-        ("long sequences, a pattern will do", "dilated", longer, "4"),
+        ("long sequences, a pattern will do", "dilated" + " or another" * ("window" in longer), longer, "4"),
         ("a program of others, compiled", "see whether it was fused", f"in training: {fused or 'none tried'}", "5"),
         ("the same bits on every run, of PyTorch's kernels", *to_repeat(again), "5"),
     ]
