@@ -204,11 +204,12 @@ def to_repeat(again: pd.DataFrame) -> tuple[str, str]:
     first = times.idxmin()
     strict, loose = (again[again["deterministic"].astype(str) == on].set_index(each)[costs] for on in ("True", "False"))
     ratios = (strict / loose).loc[first]
-    longer, more = ratios["ms"], ratios["peak_bytes"].max()
+    longer, more, heads = ratios["ms"], ratios["peak_bytes"].max(), " and ".join(map(str, sorted(ratios.index)))
     memory = f", up to {more:.1f} times the memory" if more >= 1.1 else ""
     if longer.max() < 1.1:
         return first, f"deterministic algorithms take no longer there{memory}"
-    return first, f"deterministic algorithms: {longer.min():.1f} to {longer.max():.1f} times as long{memory}"
+    told = f"deterministic algorithms: {longer.min():.1f} to {longer.max():.1f} times as long{memory}"
+    return first, f"{told}, backward at N = {again['seq_len'].iloc[0]:,}, with {heads} heads"
 
 
 def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str], again: pd.DataFrame):
