@@ -13,7 +13,7 @@ from attnlib.core import Machine, Shape, UserError
 from attnlib.dilated import dilated, dilated_reference, law
 from attnlib.dilated.attention import dilated_variant, planned
 from attnlib.dilated.definition import dilated_reach
-from attnlib.dilated.kernels import KERNELS, takes_all, workspace_of
+from attnlib.dilated.kernels import KERNELS, chosen, takes_all, workspace_of
 from attnlib.dilated.packing import MAX_BYTES, blocks_of, packing_of
 from attnlib.dilated.views import HEAD_OFFSETS, MAX_GRID_AXIS, branch_views
 from attnlib.laws import ACCOUNTS, evaluate, law_of
@@ -35,6 +35,9 @@ CONFIGS = [
     ((4, 8, 16), (1, 2, 4), 1, 1, 1),  # one position
     ((6, 5), (4, 5), 2, 7, 33),  # segments shorter than some offsets at the end
 ]
+
+
+PAPERS = ((2048, 1), (4096, 2), (8192, 4), (16384, 6), (32768, 12))  # the paper's own setting
 
 
 def by_kernels(widths, rates, head_offsets, shape, device):
@@ -123,11 +126,63 @@ def test_one_kernel_takes_all_that_is_packed_where_that_saves_calls():
     for branches, dtype, taken in ((nested, "bfloat16", False), (unlike, "bfloat16", True), (unlike, "float32", False)):
         shape = Shape(1, 4, 64, 64, dtype)
         packing = packing_of(shape, branches, "modulo", gpu)
-        assert takes_all(packing, shape, gpu) == taken
+        assert takes_all(None, packing, shape, gpu) == taken
         assert packing.whole.groups == ((1, sum(packing.sizes)),) and packing.whole.whole == packing.whole
         for name in (None, "flash"):
             asked = workspace_of(name, shape, gpu, packing) if dtype != "float32" else None
             assert asked is None or asked.at_once == (taken and not name)
+
+
+@pytest.mark.parametrize(
+    ("shape", "branches", "taken"),
+    [
+        (Shape(1, 16, 4096, 64, "bfloat16"), PAPERS, True),
+        (Shape(1, 16, 8192, 64, "bfloat16"), PAPERS, False),
+        (Shape(4, 16, 4096, 64, "bfloat16"), ((8, 1), (8, 2), (8, 4)), False),
+        (Shape(8, 16, 1024, 64, "bfloat16"), ((16, 1), (32, 2), (32, 4), (32, 8)), False),
+    ],
+    ids=str,
+)
+def test_neither_long_rows_nor_very_many_segments_are_taken_at_once(shape, branches, taken):
+    """For each segment the kernel keeps 128 rows of float32 more, and CUDA's grid takes 65,535 of them."""
+    gpu = Machine("cuda")
+    packing = packing_of(shape, branches, "modulo", gpu)
+    assert packing and len(packing.groups) > 2 and takes_all(None, packing, shape, gpu) == taken
+
+
+@pytest.mark.gpu
+def test_a_first_call_may_be_captured_into_a_graph():
+    config = {"segment_lengths": (16, 32, 32, 32), "dilation_rates": (1, 2, 4, 8)}
+    q, k, v = (x.detach() for x in Shape(1, 4, 100, 64, "bfloat16").inputs("cuda"))
+    dilated(*(x[:, :, :90] for x in (q, k, v)), **config)  # Triton's kernels are compiled
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = dilated(q, k, v, **config)
+    graph.replay()
+    exact = dilated(*(x.double() for x in (q, k, v)), **config)
+    assert (o - exact).norm() <= 2 * (dilated(q, k, v, **config) - exact).norm()
+
+
+@pytest.mark.gpu
+def test_results_repeat_where_pytorch_is_told_that_they_must():
+    inputs, config = (
+        Shape(1, 4, 500, 64, "bfloat16").inputs("cuda"),
+        {"segment_lengths": (500,), "dilation_rates": (1,)},
+    )
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chosen(None, Shape(1, 4, 500, 64, "bfloat16"), Machine.of("cuda"), True).repeats
+        first, second = (torch.autograd.grad(dilated(*inputs, **config).sum(), inputs) for _ in range(2))
+        assert all(map(torch.equal, first, second))
+        with pytest.raises(UserError, match="does not repeat its bits"):
+            dilated(*inputs, **config, kernel="cudnn")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_kernel_that_varies_is_left_out_where_results_are_to_repeat():
+    shape, gpu = Shape(1, 4, 64, 64, "bfloat16"), Machine("cuda")
+    assert chosen(None, shape, gpu).name == "cudnn" and chosen(None, shape, gpu, repeat=True).name == "flash"
 
 
 @pytest.fixture

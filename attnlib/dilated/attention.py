@@ -36,7 +36,6 @@ if known := getattr(torch.ops.attnlib, "library", None):
 LIBRARY = torch.ops.attnlib.library = torch.library.Library("attnlib", "DEF")
 LIBRARY.define(f"dilated({INPUTS}, {HOW}) -> (Tensor, Tensor)")
 LIBRARY.define(f"dilated_backward(Tensor do, {INPUTS}, Tensor o, Tensor lse, {HOW}) -> (Tensor, Tensor, Tensor)")
-SEVERAL = "several"  # the default kernel, without one call for all
 DILATED_FORWARD, DILATED_BACKWARD = torch.ops.attnlib.dilated.default, torch.ops.attnlib.dilated_backward.default
 
 
@@ -52,19 +51,28 @@ def in_rows(x: Tensor) -> Tensor:
 def planned(
     sizes: torch.Size, dtype: torch.dtype, device: torch.device,
     widths: Sequence[int], rates: Sequence[int], causal: bool, head_offsets: str, kernel: str,
+    whole: bool, repeat: bool,
 ) -> tuple[Kernel, Packing | None, list[View], list[View]]:  # fmt: skip
     """The kernel to call, how rows are packed if they are, and the views without and with a batch folded into the
-    heads, none where it may not be. kernel: its name, "" by default, or SEVERAL. Raises UserError as `chosen` does."""
+    heads, none where it may not be. kernel: its name, or "" by default; whole: whether that may be one call for all
+    that is packed; repeat: see `chosen`. Raises UserError as that does."""
     branches = branches_of(widths, rates, head_offsets)
     batch, heads, seq_len, head_dim = sizes
     shape = Shape(batch, heads, seq_len, head_dim, str(dtype).removeprefix("torch."), causal)
     can_fold = views.can_fold_batch_into_heads(batch, heads, rates, head_offsets)
     folded = views.all_views(1, batch * heads, seq_len, branches, head_offsets) if can_fold else []
     calls = views.all_views(batch, heads, seq_len, branches, head_offsets)
-    packing, machine = packing_of(shape, branches, head_offsets, Machine.of(device)), Machine.of(device)
-    if packing and not kernel and takes_all(packing, shape, machine):
+    machine = Machine.of(device)
+    packing = packing_of(shape, branches, head_offsets, machine)
+    if packing and whole and takes_all(kernel, packing, shape, machine):
         return at_once(packing, device), packing.whole, calls, folded
-    return chosen(None if kernel in ("", SEVERAL) else kernel, shape, machine), packing, calls, folded
+    return chosen(kernel or None, shape, machine, repeat), packing, calls, folded
+
+
+def plan_for(q: Tensor, widths: Sequence[int], rates: Sequence[int], *how: Any) -> tuple[Any, ...]:
+    """`planned` for tensors like q, with results that repeat where PyTorch is told that they must."""
+    repeat = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return planned(q.shape, q.dtype, q.device, tuple(widths), tuple(rates), *how, repeat)
 
 
 def in_views(tensors: Sequence[Tensor], calls: list[View], folded: list[View]) -> tuple[list[View], list[Tensor]]:
@@ -75,11 +83,12 @@ def in_views(tensors: Sequence[Tensor], calls: list[View], folded: list[View]) -
 
 
 def dilated_forward(
-    q: Tensor, k: Tensor, v: Tensor, widths: Sequence[int], rates: Sequence[int], causal: bool, *how: str
-) -> tuple[Tensor, Tensor]:
-    """o and its log-sum-exp. Raises UserError for tensors that are not alike."""
+    q: Tensor, k: Tensor, v: Tensor,
+    widths: Sequence[int], rates: Sequence[int], causal: bool, head_offsets: str, kernel_name: str, whole: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o and its log-sum-exp; see `planned`. Raises UserError as that does, and for tensors that are not alike."""
     refuse_unlike(q, k, v)
-    kernel, packing, *calls = planned(q.shape, q.dtype, q.device, tuple(widths), tuple(rates), causal, *how)
+    kernel, packing, *calls = plan_for(q, widths, rates, causal, head_offsets, kernel_name, whole)
     inputs = [in_rows(x) for x in (q, k, v)]
     if packing:
         return join(packing, [kernel.forward(*rows, causal) for rows in pack(packing, inputs)], inputs[0])
@@ -97,11 +106,11 @@ def dilated_forward(
 
 def dilated_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    widths: Sequence[int], rates: Sequence[int], causal: bool, *how: str,
+    widths: Sequence[int], rates: Sequence[int], causal: bool, head_offsets: str, kernel_name: str, whole: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv, by the kernel's own backward pass with the merged o and lse. Raises UserError for unlike tensors."""
+    """dq, dk, dv, by the kernel's own backward pass with the merged o and lse. Raises what `dilated_forward` does."""
     refuse_unlike(q, k, v, do, o)
-    kernel, packing, *calls = planned(q.shape, q.dtype, q.device, tuple(widths), tuple(rates), causal, *how)
+    kernel, packing, *calls = plan_for(q, widths, rates, causal, head_offsets, kernel_name, whole)
     inputs, lse = [in_rows(x) for x in (do, q, k, v, o)], lse.contiguous()
     if packing:
         parts = [kernel.backward(*rows, causal) for rows in pack(packing, inputs, lse)]
@@ -143,8 +152,8 @@ def outside_transforms(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with contiguous results, by several calls: what one keeps must not lie in the memory of a graph."""
-    return lambda *given: tuple(x.contiguous() for x in function(*given[:-1], given[-1] or SEVERAL))
+    """`function` with contiguous results."""
+    return lambda *given: tuple(x.contiguous() for x in function(*given))
 
 
 ATTENTION = differentiable("dilated attention", dilated_forward, dilated_backward)
@@ -189,14 +198,15 @@ def dilated(
     dilation_rates: r of each branch, from 1 to its w: of each segment a head keeps every r-th row.
     causal: whether a query sees no key after itself.
     head_offsets: the first row of a segment that head j keeps, j mod r ("modulo", the paper) or j // ⌈H/r⌉ ("grouped").
-    kernel: which one of kernels.KERNELS runs underneath; by default the first that takes such inputs, or, outside of a
-        compiler, FlashAttention-2, where one call of it does for three or more of a short sequence.
+    kernel: which one of kernels.KERNELS runs underneath; by default the first that takes such inputs, or, where neither
+        a compiler nor a CUDA graph looks on, FlashAttention-2, if one call of it does for three of a short sequence.
+        Under torch.use_deterministic_algorithms those are left out whose bits vary.
 
     Saved for the backward pass are the output and one float32 per row and head. A query that no branch keeps gives 0,
     with gradient 0. float64 is computed by dilated_reference. Raises UserError as that does, and for a kernel that
     cannot run there; there is no second derivative but in float64."""
     refuse_causal(causal)
-    looked_on = traced(q, k, v)
+    underneath, looked_on = "" if kernel is None else kernel_called(kernel).name, traced(q, k, v)
     q, k, v = cast(q, k, v) if looked_on else checked(q, k, v, causal)
     if q.dtype == torch.float64 and kernel is None:
         return dilated_reference(
@@ -204,11 +214,12 @@ def dilated(
             segment_lengths=segment_lengths, dilation_rates=dilation_rates, causal=causal, head_offsets=head_offsets,
         )  # fmt: skip
     if looked_on:
-        return DILATED_FORWARD(q, k, v, [*segment_lengths], [*dilation_rates], causal, head_offsets, kernel or "")[0]
+        return DILATED_FORWARD(q, k, v, [*segment_lengths], [*dilation_rates], causal, head_offsets, underneath)[0]
     branches = branches_of(segment_lengths, dilation_rates, head_offsets)
     widths, rates = zip(*branches, strict=True)
-    underneath = "" if kernel is None else kernel_called(kernel).name
-    return ATTENTION.apply(q, k, v, widths, rates, causal, head_offsets, underneath)[0]
+    # what one call for all keeps must not lie in the memory of a graph
+    whole = q.is_cuda and not torch.cuda.is_current_stream_capturing()
+    return ATTENTION.apply(q, k, v, widths, rates, causal, head_offsets, underneath, whole)[0]
 
 
 def dilated_flops(per_pair: int, branches: Branches, head_offsets: str, shape: Shape, machine: Machine) -> int:

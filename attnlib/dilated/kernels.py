@@ -6,6 +6,7 @@ strides with D contiguous; a log-sum-exp is `[b, h, n]` in float32. Nothing rand
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from attnlib.dilated.law import Workspace
 from attnlib.dilated.merging import packed
 from attnlib.dilated.packing import Packing
 from attnlib.dilated.views import MAX_GRID_AXIS
-from attnlib.laws import N
+from attnlib.laws import N, evaluate
 from attnlib.variants import sdpa_laws as known
 
 aten = torch.ops.aten
 Tensors = Sequence[Tensor]
+AT_ONCE_BYTES = 48 * 2**20  # of float32 for dq: beyond that, other kernels' speed and the memory of each are worth more
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Kernel:
     backward: Callable[..., Tensors]  # (do, q, k, v, o, lse, causal) -> dq, dk, dv
     needs: Callable[[Shape, Machine], str | None]  # (shape, machine) -> None, or the reason why it cannot run there
     workspace: Workspace | None  # its memory, None where that is not known on views
+    repeats: bool = True  # whether its backward pass gives the same bits again where PyTorch is told to
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
@@ -121,8 +124,8 @@ FLASH_WORKSPACE = Workspace(known.PARTIAL + 24, sum(known.FLASH_TAKES.values()) 
 CUDNN_WORKSPACE = Workspace(known.ENGINE + 16, sum(known.CUDNN_TAKES.values()), one_row=FLASH_WORKSPACE)
 ALL_KERNELS = (
     Kernel("cpu", cpu_forward, cpu_backward, needs_cpu, Workspace(known.TILES, known.TILES_BACKWARD, copies=1)),
-    Kernel("fa4", fa4_forward, fa4_backward, known.needs_fa4, Workspace(0, sum(known.FA4_TAKES.values()))),
-    Kernel("cudnn", cudnn_forward, cudnn_backward, known.needs_cudnn, CUDNN_WORKSPACE),
+    Kernel("fa4", fa4_forward, fa4_backward, known.needs_fa4, Workspace(0, sum(known.FA4_TAKES.values())), False),
+    Kernel("cudnn", cudnn_forward, cudnn_backward, known.needs_cudnn, CUDNN_WORKSPACE, False),
     Kernel("flash", flash_forward, flash_backward, needs_flash_unpadded, FLASH_WORKSPACE),
     Kernel("efficient", efficient_forward, efficient_backward, needs_efficient_alone, None),
 )
@@ -136,21 +139,28 @@ def kernel_called(name: Any) -> Kernel:
     return KERNELS[name]
 
 
-def chosen(name: str | None, shape: Shape, machine: Device) -> Kernel:
-    """The kernel called `name`, or the first of KERNELS that takes such a shape on the machine. Raises UserError for an
-    unknown name, or with the reason why a kernel asked for cannot run there."""
+def chosen(name: str | None, shape: Shape, machine: Device, repeat: bool = False) -> Kernel:
+    """The kernel called `name`, or the first of KERNELS that takes such a shape on the machine, and, where results are
+    to `repeat`, has the same bits each time. Raises UserError for an unknown name, or with the reason why a kernel
+    asked for cannot run there."""
     machine = Machine.of(machine)
     asked = [*KERNELS.values()] if name is None else [kernel_called(name)]
-    reasons = [kernel.needs(shape, machine) for kernel in asked]
+    varying = "under deterministic algorithms there is no {}: its backward pass does not repeat its bits"
+    reasons = [x.needs(shape, machine) or (varying.format(x.name) if repeat > x.repeats else None) for x in asked]
     if None in reasons:
         return asked[reasons.index(None)]
     nothing = f"no flash kernel takes {shape.dtype} with head_dim {shape.head_dim} on {machine.kind}"
     raise UserError(nothing if name is None else reasons[0])
 
 
-def takes_all(packing: Packing | None, shape: Shape, machine: Machine) -> bool:
-    """Whether FlashAttention-2 by default takes all that is packed at once, since that saves two calls or more."""
-    return packing is not None and len(packing.groups) > 2 and KERNELS["flash"].needs(shape, machine) is None
+def takes_all(name: str | None, packing: Packing | None, shape: Shape, machine: Machine) -> bool:
+    """Whether by default, without a `name`, FlashAttention-2 takes all that is packed at once: where that saves two
+    calls or more, and is neither so long that the kernel's own speed decides nor in so many segments that they cost
+    more memory than they hold."""
+    if name or not packing or len(packing.groups) < 3 or KERNELS["flash"].needs(shape, machine):
+        return False
+    whole = replace(shape, batch=1, heads=1, seq_len=sum(packing.sizes))
+    return evaluate(whole_workspace(sum(many for many, _ in packing.groups)).backward, whole, machine) <= AT_ONCE_BYTES
 
 
 def whole_workspace(many: int) -> Workspace:
@@ -158,11 +168,17 @@ def whole_workspace(many: int) -> Workspace:
     return Workspace(24, 4 * (N + 128 * many) * (known.D32 + 1) + 16, at_once=True)
 
 
+@cache  # and never let go of, as another stream may still read them
+def ends_of(groups: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Where each segment of packed rows ends, in int32, behind a 0."""
+    lengths = (rows for many, rows in groups for _ in range(many))
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
 def at_once(packing: Packing, device: torch.device) -> Kernel:
     """FlashAttention-2 in one call for all segments, however long each is, of packed rows `[1, 1, T, D]`."""
-    lengths = [rows for many, rows in packing.groups for _ in range(many)]
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    how = ends, ends, max(lengths), max(lengths), 0.0
+    ends, longest = ends_of(packing.groups, device), max(rows for _, rows in packing.groups)
+    how = ends, ends, longest, longest, 0.0
     rows_of = lambda *tensors: (x.view(-1, 1, x.shape[-1]) for x in tensors)  # noqa: E731
 
     def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensors:
@@ -174,14 +190,14 @@ def at_once(packing: Packing, device: torch.device) -> Kernel:
         grads = aten._flash_attention_backward(*rows_of(do, q, k, v, o), lse[0], *how, causal, seed, seed[:0])
         return [x.view(q.shape) for x in grads]
 
-    return replace(KERNELS["flash"], forward=forward, backward=backward, workspace=whole_workspace(len(lengths)))
+    return replace(KERNELS["flash"], forward=forward, backward=backward)
 
 
 def workspace_of(name: str | None, shape: Shape, machine: Machine, packing: Packing | None = None) -> Workspace:
     """The memory of the kernel called `name`, wherever that may run, or of the one `chosen` for such a shape, or for
     rows that are packed so. Raises UserError where there is none, or where its memory on views is not known."""
     kernel = KERNELS[name] if name else chosen(None, shape, machine)
-    if packing and not name and takes_all(packing, shape, machine):
+    if packing and takes_all(name, packing, shape, machine):
         return whole_workspace(sum(many for many, _ in packing.groups))
     if kernel.workspace is None:
         raise UserError(f"the memory of the {kernel.name} kernel on views is not known")
