@@ -13,6 +13,10 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
@@ -35,6 +39,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 EXPECTED_MINUTES = {("cuda", "full"): 22, ("cuda", "quick"): 6, ("cpu", "full"): 17, ("cpu", "quick"): 5}
 TIMED_ON = {"cuda": "an H200", "cpu": "two CPU cores"}  # what these minutes are of
+REPLAYED_AT_ONCE = 2  # chapters of a replay: nothing is timed in it, and two kernels have room everywhere
 GENERATED = {".partial", ".draft", ".pyc", ".ipynb_checkpoints"}  # files and folders that git ignores
 
 
@@ -63,6 +68,47 @@ def expectation(machine: Machine, parameters: dict, only: str) -> str:
     return f"measuring {machine.name}: {part} about {minutes} minutes on {where}"
 
 
+def chapter(
+    notebook: Path, out: Path, machine: Machine, parameters: dict, only: str, environment: dict, errors=None
+) -> tuple[str, str]:
+    """Execute a notebook into build/<device>/, or put a title and a notice in its place: why it stopped, and why it is
+    not there, or "". environment: the variables of the process that builds, which this one may not have."""
+    number, target, folder = notebook.name[:2], out / "notebooks" / notebook.name, out.name
+    chosen = parameters | ({"device": folder, "replay": True} if only and only != number else {})
+    rows, given = [*(out.parents[1] / "data" / folder).glob(f"{number}_*.csv")], nbformat.read(notebook, 4)
+    if chosen.get("replay") and not rows and not given.metadata.get("attnlib", {}).get("stands_alone"):
+        how = f"make report{' PROFILE=quick' * (parameters['profile'] == 'quick')} ONLY={number}"
+        notice = f"Not measured on this device yet: `{how}`"
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell_of(heading(given), notice)]), target)
+        missing = f"chapter {int(number)} is not there: not measured on this device yet"
+        print(f"{notebook.name}: {missing}", flush=True)
+        return "", missing
+    print(f"{notebook.name} on {machine.name} ...", flush=True)
+    begun, errors = time.monotonic(), errors or Once(sys.stderr)
+    os.environ |= environment | {CLAIMS: str(target.with_suffix(".claims"))}
+    reason = execute(notebook, target, chosen, machine.kind, errors)
+    errors.write("\n" * bool(errors.rest))
+    print(f"{notebook.name} {'stopped' if reason else 'done'} in {time.monotonic() - begun:.0f} s", flush=True)
+    return f"chapter {int(number)} stopped before its end: {reason}" if reason else "", ""
+
+
+def every_chapter(lanes: int, **how) -> tuple[list[str], list[str]]:
+    """`chapter` of each notebook, the overview last as it is of all others' rows, `lanes` of them at a time: why some
+    stopped, and why some are not there."""
+    notebooks = sorted(NOTEBOOKS, key=lambda one: one.name.startswith("00"))
+    if lanes == 1:
+        errors = Once(sys.stderr)
+        outcomes = [chapter(notebook, **how, errors=errors) for notebook in notebooks]
+    else:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["report.chapters"])
+        how["environment"] = {"OMP_NUM_THREADS": "1"} | how["environment"]  # or each wants all cores
+        with ProcessPoolExecutor(lanes, context) as pool:
+            outcomes = [*pool.map(partial(chapter, **how), notebooks)]
+    stopped, missing = ([*filter(None, one)] for one in zip(*outcomes, strict=True))
+    return stopped, missing
+
+
 def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tuple[list[str], list[str]]:
     """Execute every notebook and export the report to build/<folder>/, whatever becomes of them: what is wrong with it,
     and which chapters are not in it. A report of an earlier run is removed first.
@@ -77,34 +123,15 @@ def build(folder: str, machine: Machine, parameters: dict, only: str = "") -> tu
         if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(notebook))):
             raise UserError(f"{notebook.name} has no parameter {', '.join(unknown)}")
     print(expectation(machine, parameters, only), flush=True)
-    out, errors = ROOT / "build" / folder, Once(sys.stderr)
+    out = ROOT / "build" / folder
     for name in ("report.html", "report.pdf", "claims.csv"):
         (out / name).unlink(missing_ok=True)
     for name in ("notebooks", "figures"):
         shutil.rmtree(out / name, ignore_errors=True)
     (out / "notebooks").mkdir(parents=True)
     own_kernel(ROOT / "build" / "jupyter")
-    stopped, missing = [], []
-    for notebook in sorted(NOTEBOOKS, key=lambda one: one.name.startswith("00")):  # the overview, of all others' rows
-        begun, number, target = time.monotonic(), notebook.name[:2], out / "notebooks" / notebook.name
-        chapter = {"device": folder, "replay": True} if only and only != number else {}
-        replayed = (parameters | chapter).get("replay")
-        rows = [*(ROOT / "data" / folder).glob(f"{number}_*.csv")]
-        if replayed and not rows and not nbformat.read(notebook, 4).metadata.get("attnlib", {}).get("stands_alone"):
-            missing.append(f"chapter {int(number)} is not there: not measured on this device yet")
-            how = f"make report{' PROFILE=quick' * (parameters['profile'] == 'quick')} ONLY={number}"
-            notice = f"Not measured on this device yet: `{how}`"
-            stub = [cell_of(heading(nbformat.read(notebook, 4)), notice)]
-            nbformat.write(nbformat.v4.new_notebook(cells=stub), target)
-            print(f"{notebook.name}: {missing[-1]}", flush=True)
-            continue
-        print(f"{notebook.name} on {machine.name} ...", flush=True)
-        os.environ[CLAIMS] = str(target.with_suffix(".claims"))
-        reason = execute(notebook, target, parameters | chapter, machine.kind, errors)
-        errors.write("\n" * bool(errors.rest))
-        if reason:
-            stopped.append(f"chapter {int(number)} stopped before its end: {reason}")
-        print(f"{notebook.name} {'stopped' if reason else 'done'} in {time.monotonic() - begun:.0f} s", flush=True)
+    how = {"out": out, "machine": machine, "parameters": parameters, "only": only, "environment": {**os.environ}}
+    stopped, missing = every_chapter(REPLAYED_AT_ONCE if parameters.get("replay") else 1, **how)
     claims, failed = claims_of(out)
     told = "chapter {}: {claim} (expected {expected}, measured {measured})"
     fallen = (law for law in claims if law["kind"] == "law" and not law["holds"])
@@ -196,7 +223,7 @@ def main() -> int:
                 publish(folder)
         if wrong:
             raise UserError("; ".join(wrong))
-    except (UserError, WorkerDied, OSError) as error:
+    except (UserError, WorkerDied, BrokenProcessPool, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
