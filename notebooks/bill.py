@@ -15,7 +15,7 @@ import torch
 from attnlib.core import Machine, Shape, UserError
 from attnlib.laws import Variant, work
 from attnlib.memory.allocator import account
-from attnlib.timing.clock import estimate, fitting, in_a_row, median_ms
+from attnlib.timing.clock import estimate, fitting, in_a_row, typical_ms
 from attnlib.timing.machine import repeated, square_product, state
 from attnlib.timing.sweep import Job, Row, point_name
 from attnlib.variants.sdpa_laws import REPEATABLE_LAWS
@@ -81,7 +81,7 @@ def metered(name: str, make: Callable[[], tuple[Callable, int]] | None, device: 
     `clock_mhz`. Of an idle device, where nothing is made, joules are those of a millisecond."""
     read, watts, clocks = energy_counter(device), list[float](), list[float]()
     call, flops = make() if make else (None, 0)
-    burst = median_ms(call, device, 0.1) if call else 1.0
+    burst = typical_ms(call, device, 0.1) if call else 1.0
     with busy(call, device):
         for _ in range(BATCHES):
             begun, before = step_of(read)
@@ -147,7 +147,7 @@ def repeatable(variant: Variant, shape: Shape, device: str, budget_s: float) -> 
                 first = call()
                 if budget_s:
                     row["same_bits"] = all(all(map(torch.equal, first, call())) for _ in range(AGAIN))
-                    row["ms"] = median_ms(call, device, budget_s)
+                    row["ms"] = typical_ms(call, device, budget_s)
         except (RuntimeError, UserError) as error:
             row["refused"] = str(error).splitlines()[0]
         rows.append(row)
@@ -169,4 +169,4 @@ def exponentials(device: str) -> Row:
 
         numbers, rounds, size = torch.rand(2**22, device=device), 1000, 1024
         call = partial(only_exponentials[(numbers.numel() // size,)], numbers, ROUNDS=rounds, SIZE=size)
-    return {"exponentials_per_s": 1e3 * numbers.numel() * rounds / median_ms(call, device, 0.2)}
+    return {"exponentials_per_s": 1e3 * numbers.numel() * rounds / typical_ms(call, device, 0.2)}

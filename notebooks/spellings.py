@@ -19,7 +19,7 @@ from attnlib.calling import compiled_for_each_size
 from attnlib.core import Shape, dense_reach, oracle
 from attnlib.laws import Variant
 from attnlib.memory.allocator import account
-from attnlib.timing.clock import median_ms, settle, watched
+from attnlib.timing.clock import settle, typical_ms, watched
 from attnlib.timing.sweep import Job, Row
 from attnlib.variants.naive import NAIVE
 from report.accuracy import results_of
@@ -93,7 +93,7 @@ def timed(name: str, text: str, shape: Shape, training: bool, device: str) -> Ro
     """`spelling, training`, the shape's columns and TIMES."""
     row: Row = {"spelling": name, "training": training, **shape.columns()}
     sides = both_sides(name, text).items()
-    return row | {f"{side}ms": median_ms(called(one, shape, device, training), device, 0.1) for side, one in sides}
+    return row | {f"{side}ms": typical_ms(called(one, shape, device, training), device, 0.1) for side, one in sides}
 
 
 def spelling_jobs(

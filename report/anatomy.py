@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import pandas as pd
@@ -33,7 +34,8 @@ def operation(event: Any, names: Mapping[str, str]) -> Any:
 
 def by_operation(events: Iterable[Any], names: Mapping[str, str], on_gpu: bool) -> list[Row]:
     """`phase, place, op, kernel, calls, ms` of the fastest pass: for each operation, in their order, its kernels; on a
-    CPU PyTorch's operators, each without those that it calls. names: `{event: operation}`."""
+    CPU PyTorch's operators, each without those that it calls. pass_ms: the phase from its mark's start to its end.
+    names: `{event: operation}`."""
     ordered = sorted(events, key=lambda event: event.time_range.start)
     # a GPU shows marks a second time
     marks = [event for event in ordered if event.name in PHASES and event.device_type == DeviceType.CPU]
@@ -47,18 +49,21 @@ def by_operation(events: Iterable[Any], names: Mapping[str, str], on_gpu: bool) 
             name = names.get(op.name, op.name.removeprefix("aten::"))
             key = marks[inside[0]].name, op.time_range.start, name, kernel
             passes[inside[0] // 2].setdefault(key, []).append(microseconds / 1e3)
-    fastest = min(filter(None, passes), key=lambda one: sum(map(sum, one.values())))
+    at, fastest = min(filter(itemgetter(1), enumerate(passes)), key=lambda one: sum(map(sum, one[1].values())))
+    whole = {mark.name: mark.time_range.elapsed_us() / 1e3 for mark in marks[2 * at : 2 * at + 2]}
     places = {start: place for place, start in enumerate(dict.fromkeys(key[1] for key in fastest))}
     return [
         {"phase": phase, "place": places[start], "op": op, "kernel": kernel, "calls": len(ms), "ms": sum(ms)}
+        | {"pass_ms": whole[phase]}
         for (phase, start, op, kernel), ms in fastest.items()
     ]
 
 
 def profiled(variant: Variant, shape: Shape, device: str) -> list[Row]:
     """A row for each kernel of a forward and a backward pass with cold caches: the shape's columns, `phase, op, kernel`
-    and PROFILE. pass_ms: the whole phase, the fastest too, as a CUDA graph (backward: what it adds to a graph of both),
-    on a CPU by the clock. Raises UserError where no graph can be made: measure no memory in that process then."""
+    and PROFILE. pass_ms: the whole phase, the fastest too, as a CUDA graph (backward: what it adds to a graph of both);
+    on a CPU, where one pass may take half as long again as the next, that same one under the profiler. Raises UserError
+    where no graph can be made: measure no memory in that process then."""
     on_gpu = torch.device(device).type == "cuda"
     inputs = variant.inputs(shape, device)
     do = torch.randn_like(inputs[0])
@@ -74,8 +79,8 @@ def profiled(variant: Variant, shape: Shape, device: str) -> list[Row]:
 
     def by_clock() -> list[float]:
         found = []
-        for call in (forward, both):
-            timed = graphed(call, device) if on_gpu else call
+        for call in (forward, both) if on_gpu else ():
+            timed = graphed(call, device)
             found.append(min(time_passes(timed, device, count)))
             del timed  # a graph holds all that it writes
             torch.cuda.empty_cache()
@@ -86,16 +91,18 @@ def profiled(variant: Variant, shape: Shape, device: str) -> list[Row]:
             flush.zero_()
             both()
 
-    # as many passes by the clock as under the profiler, before it and after it, so that neither has a warmer device
+    # as many passes as graphs as under the profiler, before it and after it, so that neither has a warmer device
     count = max(3, min(4 * WARM_UPS, fitting(estimate(both, device, 0.5)[0], 0.5)))
     flush = torch.empty(CACHE_BYTES if on_gpu else 1, dtype=torch.int8, device=device)
     before, events, after = by_clock(), watched(passes, device).events(), by_clock()
-    first, whole = map(min, before, after)
-    times = {"forward": first, "backward": whole - first}
     ops = {row["op"] for row in ledger(variant, shape, device)} if variant.ledgered else set()
     names = {f"aten::{twin}": op for op in ops for twin in (op, TWINS.get(op, op))}
     rows = by_operation(events, names, on_gpu)
-    return [{"variant": variant.name, **shape.columns(), **row, "pass_ms": times[row["phase"]]} for row in rows]
+    if on_gpu:
+        first, whole = map(min, before, after)
+        times = {"forward": first, "backward": whole - first}
+        rows = [row | {"pass_ms": times[row["phase"]]} for row in rows]
+    return [{"variant": variant.name, **shape.columns(), **row} for row in rows]
 
 
 def profile_jobs(points: Iterable[tuple[Variant, Shape]], device: str) -> list[Job]:

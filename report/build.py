@@ -95,12 +95,10 @@ def chapter(
 def every_chapter(lanes: int, **how) -> tuple[list[str], list[str]]:
     """`chapter` of each notebook, the overview last as it is of all others' rows, `lanes` of them at a time: why some
     stopped, and why some are not there."""
-    notebooks = sorted(NOTEBOOKS, key=lambda one: one.name.startswith("00"))
+    notebooks, context = sorted(NOTEBOOKS, key=lambda one: one.name.startswith("00")), get_context("forkserver")
     if lanes == 1:
-        errors = Once(sys.stderr)
-        outcomes = [chapter(notebook, **how, errors=errors) for notebook in notebooks]
+        outcomes = [*map(partial(chapter, **how, errors=Once(sys.stderr)), notebooks)]
     else:
-        context = get_context("forkserver")
         context.set_forkserver_preload(["report.chapters"])
         how["environment"] = {"OMP_NUM_THREADS": "1"} | how["environment"]  # or each wants all cores
         with ProcessPoolExecutor(lanes, context) as pool:

@@ -7,7 +7,7 @@ lengths lie on a straight line in logarithms."""
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -21,26 +21,29 @@ from attnlib.dilated.views import all_views
 from attnlib.laws import Variant, useful_flops
 from attnlib.memory.ledger import Operand, ledger
 from attnlib.rows import POINT, shape_of
-from attnlib.timing.clock import median_ms
+from attnlib.timing.clock import typical_ms
 from attnlib.timing.sweep import Job, Row
 from report.floor import operations, rate_at
 from report.race import passes
 
 SPEED = ["seq_len", "head_dim", "work", "ms"]  # the numbers of a row
-BUDGET_S = 0.04
+TIMING = {False: (0.04,), True: (0.06, 0.2)}  # seconds for a speed, on a CPU the quantile too: see `forecasts`
 PLAIN = ("naive_custom", "naive", "naive_weights_only", "naive_recompute", "sdpa_math")
 QUERY_TILE = 128  # rows of queries that a flash kernel takes for one unit of parallel work
 
 
 def kind(row: Row, shape: Shape) -> str:
-    """An operation of a ledger by its name and the layout of its operands' last two axes: "bmm(ND, NDᵀ)"; in a half
-    type those in float32 are marked. Empty for one without an N × N matrix, and for what no operator shows."""
+    """An operation of a ledger by its name and the layout of its operands' last two axes: "bmm(ND, DNᵀ)"; in a half
+    type those in float32 are marked. Empty for one that neither reads nor makes an N × N matrix, and for what no
+    operator shows."""
     names, texts = {shape.head_dim: "D", shape.seq_len: "N"}, list[str]()
     for x in (x for x in tree_leaves(row["call"]) if isinstance(x, Operand)):
         text = "".join(names.get(size, "1") for size in x.shape[-2:])
         turned = len(x.strides) > 1 and x.strides[-1] > x.strides[-2]
         texts.append(text + "ᵀ" * turned + "32" * (x.dtype == torch.float32 != DTYPES[shape.dtype]))
-    return f"{row['op']}({', '.join(texts)})" if any("NN" in text for text in texts) else ""
+    matrix = shape.batch * shape.heads * shape.seq_len**2 * shape.element_size
+    makes_one = row["largest_bytes"] >= matrix > shape.input_bytes // 3
+    return f"{row['op']}({', '.join(texts)})" if makes_one or any("NN" in text for text in texts) else ""
 
 
 def filled(x: Operand, in_place: bool, device: str) -> torch.Tensor:
@@ -60,10 +63,12 @@ def operation_speeds(shape: Shape, products: bool, device: str) -> list[Row]:
     for row in (row for rows in todo for row in rows if row["call"] and (row["flops"] or not products)):
         if (key := kind(row, shape)) and key not in found:
             fill = partial(filled, in_place=row["op"].endswith("_"), device=device)
-            func, args, kwargs = tree_map_only(Operand, fill, row["call"])
-            ms = median_ms(lambda: func(*args, **kwargs), device, BUDGET_S)  # noqa: B023
+            # a GPU's caches are flushed before each; a CPU's hold as little of the next operands as in a pass
+            turns = cycle([tree_map_only(Operand, fill, row["call"]) for _ in range(3 if device == "cpu" else 1)])
+            call = lambda func, args, kwargs: func(*args, **kwargs)  # noqa: E731
+            ms = typical_ms(lambda: call(*next(turns)), device, *TIMING[device == "cpu"])  # noqa: B023
             found[key] = {"kind": key, **shape.columns(), "work": row["flops"] or row["traffic_bytes"], "ms": ms}
-            del args, kwargs
+            del turns
     return [*found.values()]
 
 
@@ -71,7 +76,7 @@ def pass_speeds(name: str, shape: Shape, device: str) -> list[Row]:
     """As `operation_speeds`, for the two passes of a fused kernel, "forward sdpa_flash"; work: useful operations."""
     return [
         {"kind": f"{phase} {name}", **shape.columns(), "work": useful_flops(shape, phase)}
-        | {"ms": median_ms(passes(VARIANTS[name], shape, device, phase, 0), device, BUDGET_S)}
+        | {"ms": typical_ms(passes(VARIANTS[name], shape, device, phase, 0), device, *TIMING[device == "cpu"])}
         for phase in PHASES
     ]
 
@@ -80,7 +85,7 @@ def linear_speed(shape: Shape, device: str) -> Row:
     """As `operation_speeds`, for the projection of a block to q, k and v; work: its operations."""
     width = shape.heads * shape.head_dim
     x, weight = (torch.randn(n, width, device=device).to(DTYPES[shape.dtype]) for n in (shape.seq_len, 3 * width))
-    ms = median_ms(lambda: x @ weight.mT, device, BUDGET_S)
+    ms = typical_ms(lambda: x @ weight.mT, device, *TIMING[device == "cpu"])
     return {"kind": "linear", **shape.columns(), "work": 6 * shape.seq_len * width**2, "ms": ms}
 
 
@@ -212,12 +217,13 @@ class Forecast:
 
 def forecasts(rows: pd.DataFrame, variants: Mapping[str, Variant], forecast: Forecast, least_ms: float) -> pd.DataFrame:
     """The passes of a sweep that took at least so long: the point's columns, `phase, ms, forecast_ms` and `off`, by how
-    much of it the forecast misses; without what it does not know."""
-    found = []
+    much of it the forecast misses; without what it does not know. ms: the median; on a CPU, whose memory others use,
+    the 20th percentile, as of the speeds."""
+    found, of = [], "ms_p20" if forecast.machine.is_cpu else "ms"
     for row in rows[rows["variant"].isin([*variants])].to_dict("records"):
-        for phase in (phase for phase in PHASES if row[f"{phase}_ms"] >= least_ms):
+        for phase in (phase for phase in PHASES if row[f"{phase}_{of}"] >= least_ms):
             ms = forecast.of(variants[row["variant"]], phase, shape_of(row))
             point = {name: row[name] for name in POINT}
-            found.append(point | {"phase": phase, "ms": row[f"{phase}_ms"], "forecast_ms": ms})
+            found.append(point | {"phase": phase, "ms": row[f"{phase}_{of}"], "forecast_ms": ms})
     frame = pd.DataFrame(found, columns=[*POINT, "phase", "ms", "forecast_ms"]).dropna(subset=["forecast_ms"])
     return frame.assign(off=frame["forecast_ms"] / frame["ms"] - 1)

@@ -2,6 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import repeat
+from multiprocessing import get_context
 
 import pandas as pd
 import sympy
@@ -35,9 +39,14 @@ def with_floors(rows: pd.DataFrame, machine: Machine) -> pd.DataFrame:
     return rows.join(pd.DataFrame(found, index=rows.index, columns=columns))
 
 
-def booked(cases: Sequence[tuple[Variant, Shape]], machine: Machine, seen: pd.DataFrame | None = None) -> pd.DataFrame:
-    """check.compare for each case; with `seen`, what the allocator saw, beside that, and for no other cases."""
-    rows = pd.DataFrame([check.compare(*case, machine) for case in cases])
+def booked(
+    cases: Sequence[tuple[Variant, Shape]], machine: Machine, seen: pd.DataFrame | None = None, lanes: int = 1
+) -> pd.DataFrame:
+    """check.compare for each case, in so many processes; with `seen`, what the allocator saw, beside that, and for no
+    other cases."""
+    with ProcessPoolExecutor(lanes, get_context("forkserver")) as pool:
+        each = map if lanes == 1 else partial(pool.map, chunksize=8)
+        rows = pd.DataFrame(each(check.compare, *zip(*cases, strict=True), repeat(machine)))
     return rows if seen is None else rows.merge(seen[[*POINT, *check.SEEN]], on=[*POINT])
 
 

@@ -63,6 +63,7 @@ class Run:
         self.notebook, self.replay, self.profile, self.claims = notebook, replay, profile(profile_name), []
         self.skipping = Skipping(lambda text: self._keep({"kind": "error", "claim": text}))
         self.skipping.install()
+        self.lanes = 1 if replay else min(12, os.cpu_count() or 1)  # processes at a time, where nothing is timed
         if replay:
             self.folder, self.machine = device, stored.machine_of(device, notebook[:2])
             self.device = self.machine.kind

@@ -62,7 +62,7 @@ def test_names_of_kernels_are_cut_to_what_tells_them_apart(kernel, short):
 def test_a_kind_is_a_name_and_how_operands_lie():
     shape = Shape(2, 3, 64, 16, "bfloat16")
     kinds = [forecast.kind(row, shape) for row in ledger(VARIANTS["naive_custom"], shape) if row["call"]]
-    assert {"bmm(ND, NDᵀ)", "bmm(NN, ND)", "bmm(NNᵀ, ND)", "exp(NN32)", "max(NN32)"} - {*kinds} == {"bmm(ND, NDᵀ)"}
+    assert {"bmm(ND, DNᵀ)", "bmm(NN, ND)", "bmm(NNᵀ, ND)", "exp(NN32)", "max(NN32)"} <= {*kinds}
 
 
 def test_a_forecast_of_plain_attention_is_the_sum_of_its_operations():
@@ -111,7 +111,8 @@ def test_a_forecast_of_dilated_attention_adds_its_calls_and_what_joins_them():
 
 
 def test_a_forecast_is_tried_on_passes_that_took_long_enough():
-    row = {"variant": "sdpa_flash", **Shape(1, 2, 1024, 16).columns(), "forward_ms": 2.0, "backward_ms": 0.01}
+    """On a CPU by the 20th percentile."""
+    row = {"variant": "sdpa_flash", **Shape(1, 2, 1024, 16).columns(), "forward_ms_p20": 2.0, "backward_ms_p20": 0.01}
     known = [
         (f"{phase} sdpa_flash", 1, 2, 1024, 16, useful_flops(Shape(1, 2, 1024, 16), phase), 1.0) for phase in PHASES
     ]

@@ -209,7 +209,7 @@ def test_a_full_disk_stops_with_one_line_and_leaves_the_csv(tmp_path, machine, m
 
     def fsync(file):
         calls.append(file)
-        if len(calls) == 2:
+        if len(calls) == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(file)
 

@@ -125,10 +125,11 @@ def time_passes(fn: Callable, device: str | torch.device, passes: int, launch_ms
     return milliseconds([fn], passes, device, min(LONGEST_WAIT_MS, 2 * launch_ms))[:, 0].tolist()
 
 
-def median_ms(fn: Callable, device: str | torch.device, budget_s: float) -> float:
-    """The median of `time_passes`, of as many calls as fit in `budget_s` seconds, three at least."""
+def typical_ms(fn: Callable, device: str | torch.device, budget_s: float, quantile: float = 0.5) -> float:
+    """The median, or another quantile, of `time_passes`, of as many calls as fit in `budget_s` seconds, three at
+    least."""
     seconds, launch_ms = estimate(fn, device, budget_s)
-    return float(np.median(time_passes(fn, device, max(3, fitting(seconds, budget_s)), launch_ms)))
+    return float(np.quantile(time_passes(fn, device, max(3, fitting(seconds, budget_s)), launch_ms), quantile))
 
 
 def in_a_row(fn: Callable, device: str | torch.device, calls: int) -> float:

@@ -139,6 +139,7 @@ class Partial:
 
     def __init__(self, path: Path, machine: Machine) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.synced = 0.0
         self.file = path.open("a+", encoding="utf-8", errors="replace")
         self.origin = [machine.machine, machine.torch, SCHEMA]  # rows of any other are not gone on with
         try:
@@ -167,11 +168,13 @@ class Partial:
         return found
 
     def add(self, job: Job, rows: list[Row]) -> None:
-        """Keep the rows of a job: they are on disk when this returns."""
+        """Keep the rows of a job: nothing that ends this process loses them; a power cut, those of the last second."""
         # the line break comes first, so that a line that was cut off stays alone
         self.file.write("\n" + json.dumps({"name": job.name, "origin": self.origin, "rows": rows}))
         self.file.flush()
-        os.fsync(self.file.fileno())
+        if time.monotonic() - self.synced > 1:
+            os.fsync(self.file.fileno())
+            self.synced = time.monotonic()
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
@@ -188,7 +191,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 def collect(jobs: Sequence[Job], path: Path, machine: Machine, **how: Any) -> int:
     """Run all jobs and write their rows, in the jobs' order, into the CSV `path`. Returns how many rows there are.
 
-    The rows of each job are on disk, in `<path>.partial`, before the next is asked for; when all are there the CSV is
+    The rows of each job are written to `<path>.partial` before the next is asked for; when all are there the CSV is
     written. If an earlier run on the same `machine` (see timing.machine.describe) was interrupted, its rows are kept. A
     finished CSV is replaced only by a finished one. Progress goes to stderr: a bar on a terminal or in JupyterLab,
     lines elsewhere (the environment variable ATTNLIB_PROGRESS=bar or lines decides otherwise). how: as `run_jobs` takes
