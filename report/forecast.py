@@ -21,7 +21,7 @@ from attnlib.dilated.views import all_views
 from attnlib.laws import Variant, useful_flops
 from attnlib.memory.ledger import Operand, ledger
 from attnlib.rows import POINT, shape_of
-from attnlib.timing.clock import typical_ms
+from attnlib.timing.clock import CACHE_BYTES, typical_ms
 from attnlib.timing.sweep import Job, Row
 from report.floor import operations, rate_at
 from report.race import passes
@@ -64,7 +64,8 @@ def operation_speeds(shape: Shape, products: bool, device: str) -> list[Row]:
         if (key := kind(row, shape)) and key not in found:
             fill = partial(filled, in_place=row["op"].endswith("_"), device=device)
             # a GPU's caches are flushed before each; a CPU's hold as little of the next operands as in a pass
-            turns = cycle([tree_map_only(Operand, fill, row["call"]) for _ in range(3 if device == "cpu" else 1)])
+            sets = 3 if device == "cpu" and row["largest_bytes"] < CACHE_BYTES else 1
+            turns = cycle([tree_map_only(Operand, fill, row["call"]) for _ in range(sets)])
             call = lambda func, args, kwargs: func(*args, **kwargs)  # noqa: E731
             ms = typical_ms(lambda: call(*next(turns)), device, *TIMING[device == "cpu"])  # noqa: B023
             found[key] = {"kind": key, **shape.columns(), "work": row["flops"] or row["traffic_bytes"], "ms": ms}
