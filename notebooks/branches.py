@@ -142,6 +142,8 @@ def flatness(times: pd.Series, base: int, flat: Mapping[str, bool], few: list[st
             f"The line is {'as' if all(flat.values()) else 'not as'} flat as predicted. {grown} {' and '.join(whole)} ns,"
         ]
         told[-1] += f" and from the second of these lengths on between {' and '.join(later)} ns."
+        if not all(flat.values()) and times.iloc[0] == times.max():
+            told.append("What makes the shortest dearer was not traced.")
     if few:
         told += [
             f"Fewer than five passes stand behind these times {', and '.join(few)}; @tbl-dilated-lengths counts them."
@@ -157,7 +159,8 @@ def patterns(run: Run) -> str:
     """What chapter 4's sparse patterns of as many keys take forward, in words; nothing where they were not measured."""
     names = ["window", "random_blocks", "dilated_1024"]
     with suppress(NotMeasured):
-        rows = run.of_chapter("04", "remedies").set_index("variant")["forward_ms"].dropna()
-        told = [f"{name} {digits(rows[name])}" for name in names if name in rows.index]
-        return f"; of about a thousand keys at the length tried there, forward, ms: {', '.join(told)}" if told else ""
+        rows = run.of_chapter("04", "remedies").set_index("variant")
+        told = [f"{name} {digits(rows['forward_ms'][name])}" for name in names if rows["forward_ms"].get(name, 0) > 0]
+        where = f"at N = {rows['seq_len'].max():,}"
+        return f"; of about a thousand keys {where}, forward, ms: {', '.join(told)}" if told else ""
     return ""

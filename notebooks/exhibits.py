@@ -145,6 +145,8 @@ def rates_drawn(rows: pd.DataFrame, product_tflop_s: float, title: str):
             plots.over_lengths(ax, rows["seq_len"])
             ax.set(ylim=(0, 1.05 * max(product_tflop_s, rows[columns].max(axis=None))))
             plots.named_lines(ax, part, column, near=0.02)
+            for name, few in part[part[f"{phase}_ms_count"] < 5].groupby("variant"):
+                ax.plot(few["seq_len"], few[column], "o", ms=3.5, mfc="white", mec=plots.colour(name), zorder=5)
     for ax, part in zip(axes[0], masks, strict=True):
         ax.set_title("causal" if part["causal"].iloc[0] else "full")
     return figure

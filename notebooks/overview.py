@@ -49,7 +49,8 @@ def drawn(every: pd.DataFrame, fused: Iterable[str], device: str):
     dashed and a cross where memory ran out."""
     rows = every[every["kind"].isin(["naive", *fused, "dilated"])].sort_values("seq_len")
     rows = rows[rows["seq_len"] <= rows.loc[rows["kind"] != "dilated", "seq_len"].max()]  # names stand at one end
-    figure, axes = plots.panels(["time", "memory"], xs=rows["seq_len"], device=device, ylabel="", sharey=False)
+    xs = rows.loc[rows["kind"] != "dilated", "seq_len"]
+    figure, axes = plots.panels(["time", "memory"], xs=xs, device=device, ylabel="", sharey=False)
     for ax, column, label in zip(axes, ("ms", "gib"), ("ms per head", "memory per head"), strict=True):
         ax.set_ylabel(label)
         ends, furthest = {}, rows["seq_len"].max()
@@ -87,7 +88,7 @@ def common_length(every: pd.DataFrame) -> int:
 def as_numbers(every: pd.DataFrame, machine: Machine) -> pd.DataFrame:
     """Of each kind at `common_length` what a training pass of HEADS keeps and holds at its peak, by the law or, where
     there is none, as measured; its `ms`, scaled like that from the heads that were measured; and the longest N by the
-    law (0 for what is not dense: it holds less and less for each pair, so that no one N is searched for)."""
+    law (0 for what is not dense: no one N is searched for); `keys`, how many a query sees on average."""
     n, dtype, kernel = common_length(every), every["dtype"].iloc[0], every["variant"].iloc[-1].removeprefix("dilated_")
     widths = [w // (8 if machine.is_cpu else 1) for w in (2048, 4096, 8192, 16384, 32768)]
     sparse = dilated_variant("dilated", widths, (1, 2, 4, 8, 16), kernel=kernel)
@@ -98,6 +99,7 @@ def as_numbers(every: pd.DataFrame, machine: Machine) -> pd.DataFrame:
         if one.name in seen.index and (one.law or one is sparse):
             law = law_of(one, shape, machine)
             row = {"variant": one.name, "ms": HEADS * seen["ms"][one.name], "passes": int(seen["passes"][one.name])}
+            row["keys"] = evaluate(one.flops.forward, shape, machine) / (4 * HEADS * 64 * n)
             row |= {what: law.bytes(what, shape, machine) if law else by[one.name] for what, by in measured.items()}
             found.append(row | {"longest": 0 if one is sparse else longest(one, dtype, machine)})
     return pd.DataFrame(found)
@@ -236,7 +238,7 @@ def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str],
     brief = every[(every["seq_len"] == every["seq_len"].min()) & (every["kind"] != "dilated")].set_index("kind")["ms"]
     quick = ", ".join(f"{one} {digits(HEADS * brief[one])}" for one in dict.fromkeys([brief.idxmin(), second, "naive"]))
     each = f"a training pass at N = {every['seq_len'].min():,}, ms: {quick}; {second} over naive, {froms}"
-    longer = f"over {opponent} {starting(pays)}" + f"; beside {best} {told}" * (best != opponent) + patterns(run)
+    longer = f"beside {best} {told}; " * (best != opponent) + f"over {opponent} {starting(pays)}" + patterns(run)
     lines = [
         ("all pairs, causal or not", best, "what PyTorch picks by itself" if same else default, "3"),
         ("short sequences, no mask", brief.idxmin(), each, "3"),

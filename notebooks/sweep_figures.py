@@ -149,7 +149,7 @@ def in_short(rows: pd.DataFrame, machine) -> str:
     told = f"**In short.** A training pass over N = {longest:,} positions (batch {at['batch'].iloc[0]}, one head of 64, float32) takes{few}, and holds at its peak: {', '.join(f'`{name}` {ms} ms and {peak}' for name, ms, peak in sizes)}."
     best = [at.index[at[one] == at[one].min()] for one in ("forward_backward_ms", "backward_peak_bytes")]
     fast, small = (", ".join(f"`{name}`" for name in names) for names in best)
-    return f"{told} The least time takes {fast}, the least memory {small}.{stops if lost else ''}"
+    return f"{told} {fast} takes the least time, {small} the least memory.{stops if lost else ''}"
 
 
 def speeds_told(machine: Machine) -> list[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from itertools import product
 
 import pandas as pd
@@ -16,6 +17,8 @@ from attnlib.core import PHASES, Machine, Shape
 from attnlib.laws import evaluate, useful_flops
 from attnlib.rows import shape_of
 from attnlib.timing.sweep import Job
+from report.run import Run
+from report.skipping import NotMeasured
 from report.tables import MIB, digits, table
 
 METRICS = ["dram__bytes_read.sum", "dram__bytes_write.sum"]
@@ -100,9 +103,27 @@ def told(placed: pd.DataFrame, shape: Shape, plain: pd.DataFrame, copy: float, m
         f"{times['sdpa_flash', 'forward']:.1f} times (@tbl-moved).",
         f"At N = {shape.seq_len:,} plain attention moves its bytes at {used['naive', 'forward']:.0%} of a copy's rate "
         f"forward and at {used['naive', 'backward']:.0%} backward.",
-        f"Over the whole protocol, forward without a mask, its counted bytes take as long as at {min(paces):.0%} to "
+        f"Over the whole protocol, forward without a mask, it moves its counted bytes at {min(paces):.0%} to "
         f"{max(paces):.0%} of a copy's rate.",
     ]
+
+
+def few_passes(plain: pd.DataFrame, at: Iterable[tuple[int, int]]) -> str:
+    """Of how many passes the forward times at each (head_dim, seq_len) are, if they are few."""
+    counts = [int(plain.set_index(["head_dim", "seq_len"])["forward_ms_count"][one]) for one in at]
+    return f" (of {min(counts)} to {max(counts)} passes of `naive`)" if min(counts) < 5 else ""
+
+
+def softmax_paces(run: Run, dtype: str, copy: float) -> str:
+    """What share of a copy's rate the softmax alone reaches, by chapter 5's speeds; nothing before these are taken."""
+    try:
+        alone = run.of_chapter("05", "speeds", ["work", "ms"]).query("kind == '_softmax(NN)' and not causal")
+    except NotMeasured:
+        return ""
+    alone = alone[alone["dtype"] == dtype].groupby("seq_len")[["work", "ms"]].max().tail(4)
+    paces = [f"{work / ms / 1e6 / copy:.0%} at N = {n:,}" for n, (work, ms) in alone.iterrows()]
+    told = f"PyTorch's softmax in {dtype} moves its bytes at these shares of a copy's rate (chapter 5)"
+    return f"Part of what remains is one kernel. Alone, {told}: {', '.join(paces)}."
 
 
 if __name__ == "__main__":

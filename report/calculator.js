@@ -112,7 +112,7 @@ function calculator(place) {
        whole(inference), ms(need.fastest.forward), ms(need.fastest.backward)]
         .map((text) => `<td>${text}</td>`).join("") + "</tr>").join("");
     const fits = rows.filter((row) => row.need.training <= room).length;
-    const best = rows.reduce((a, b) => (b.training > a.training ? b : a));
+    const best = rows.filter(({name}) => name !== "tiled" || rows.length === 1).reduce((a, b) => (b.training > a.training ? b : a));
     find("output").textContent = `${fits} of ${rows.length} train at N = ${whole(shape.seqLen)} in ` +
       `${whole(Number(field("memory").value))} GiB; ${best.name} gets furthest, to N = ${whole(best.training)}.`;
     find(".refused").textContent = names.filter(refusal).map((name) => `${name}: ${refusal(name)}.`).join(" ");

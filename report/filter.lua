@@ -164,6 +164,14 @@ local second_pass = {
     if not words then error("reference to nowhere: @" .. id) end
     return pandoc.Inlines(words)
   end,
+  Inlines = function(inlines) -- "N = 16,384" stays on one line
+    for at = 2, #inlines - 1 do
+      if inlines[at].text == "=" and inlines[at - 1].t == "Space" and inlines[at + 1].t == "Space" then
+        inlines[at - 1], inlines[at + 1] = pandoc.Str("\u{a0}"), pandoc.Str("\u{a0}")
+      end
+    end
+    return inlines
+  end,
 }
 
 -- a report in PDF: what stays with what, where figures go, and how listings break

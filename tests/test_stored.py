@@ -175,7 +175,9 @@ def test_a_reader_is_told_who_else_used_the_gpu_and_whether_its_power_limit_held
     pd.DataFrame({"ms": [1.0]}).to_csv(folder / "02_b.csv")
     machine = Machine("cuda", notes=("Others.",), power_limit_w=700.0)
     others, power = stored.notes_of("x", machine)
-    assert others == "Others." and power.startswith("In 1 of 2 points, bursts with rests, the GPU drew at least 97%")
+    assert others == "Others." and power.startswith(
+        "In 1 of 2 points, short bursts with rests between, the GPU drew at least 97%"
+    )
     assert stored.notes_of("x", Machine("cuda")) == []
 
 

@@ -100,7 +100,7 @@ def at_power_limit(rows_power_w: Iterable[Any], machine: Machine) -> str | None:
     limited = sum(power >= AT_LIMIT * machine.power_limit_w for power in known)
     if not machine.power_limit_w or not limited:
         return None
-    points, share = f"In {limited} of {len(known)} points, bursts with rests,", f"{AT_LIMIT:.0%}"
+    points, share = f"In {limited} of {len(known)} points, short bursts with rests between,", f"{AT_LIMIT:.0%}"
     limit = f"its power limit of {machine.power_limit_w:.0f} W"
     return f"{points} the GPU drew at least {share} of {limit}; a clock may sink long before that."
 
