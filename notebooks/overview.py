@@ -217,11 +217,8 @@ def to_repeat(again: pd.DataFrame) -> tuple[str, str]:
 def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str], again: pd.DataFrame):
     """What to use when, with thresholds from the chapters' rows. best: the fastest fused kernel; spelled: `{spelling:
     fused operator or ""}`; again: rows of repeated passes."""
-    dtype, pays, both = (
-        every["dtype"].iloc[0],
-        crossed(run, "04", "duels"),
-        every[every["kind"].isin(["dilated", best])],
-    )
+    dtype, pays = every["dtype"].iloc[0], crossed(run, "04", "duels")
+    both = every[every["kind"].isin(["dilated", best])]
     over, opponent = crossed(run, "03", "crossover").query("dtype == @dtype"), pays["first"].iloc[0]
     second = next(iter(over["second"]), "the flash kernel")
     froms = "; ".join(f"D = {d}: {starting(cells)}" for d, cells in over.groupby("head_dim"))
@@ -239,11 +236,13 @@ def advice(run: Run, every: pd.DataFrame, best: str, spelled: Mapping[str, str],
     quick = ", ".join(f"{one} {digits(HEADS * brief[one])}" for one in dict.fromkeys([brief.idxmin(), second, "naive"]))
     each = f"a training pass at N = {every['seq_len'].min():,}, ms: {quick}; {second} over naive, {froms}"
     longer = f"beside {best} {told}; " * (best != opponent) + f"over {opponent} {starting(pays)}" + patterns(run)
+    first = best if same or won >= len(lost) else "what PyTorch picks"
+    less = "dilated" + " or another" * ("window" in longer) if pays["seq_len"].min() <= pays["longest"].max() else best
     lines = [
-        ("all pairs, causal or not", best, "what PyTorch picks by itself" if same else default, "3"),
+        ("all pairs, causal or not", first, "what PyTorch picks by itself" if same else default, "3"),
         ("short sequences, no mask", brief.idxmin(), each, "3"),
         ("the weights themselves", "naive", ends, "2, 3"),
-        ("long sequences, a pattern will do", "dilated" + " or another" * ("window" in longer), longer, "4"),
+        ("long sequences, a pattern will do", less, longer, "4"),
         ("a program of others, compiled", "see whether it was fused", f"in training: {fused or 'none tried'}", "5"),
         ("the same bits on every run, of PyTorch's kernels", *to_repeat(again), "5"),
     ]

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -101,7 +102,8 @@ def every_chapter(lanes: int, **how) -> tuple[list[str], list[str]]:
     else:
         context.set_forkserver_preload(["report.chapters"])
         how["environment"] = {"OMP_NUM_THREADS": "1"} | how["environment"]  # or each wants all cores
-        with ProcessPoolExecutor(lanes, context) as pool:
+        # an interrupt ends a chapter at once, and none is begun after it
+        with ProcessPoolExecutor(lanes, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
             outcomes = [*pool.map(partial(chapter, **how), notebooks)]
     stopped, missing = ([*filter(None, one)] for one in zip(*outcomes, strict=True))
     return stopped, missing

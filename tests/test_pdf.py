@@ -228,4 +228,6 @@ def test_the_report_of_a_device(device):
     assert holes(document) == {} and path.stat().st_size < MOST_BYTES
     begins = {title: at for level, title, at in document.get_toc() if level == 1}
     main = min(at for title, at in begins.items() if title.startswith("Appendix")) - min(begins.values()) + 1
+    tables = re.findall(r"^Table\s\d+:", "".join(document[at].get_text() for at in range(main)), re.M)
+    assert 10 < len(tables) <= 25
     assert main <= MOST_PAGES
