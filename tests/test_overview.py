@@ -90,7 +90,11 @@ def test_what_to_use_follows_the_rows(data):
     def flash_is_fast(rows):
         rows.loc[rows["variant"] == "sdpa_flash", "forward_backward_ms"] /= 1000
 
+    def flash_wins(rows):
+        rows.loc[rows["variant"] == "sdpa_flash", overview.races.OF_DEFAULT] *= 1000
+
     alter(folder / "03_memory.csv", flash_is_fast)
+    alter(folder / "03_race.csv", flash_wins)
     after = advised("nvidia-h200")
     assert "N >" not in before.loc["short sequences, no mask", "threshold here"]
     assert "N >" in after.loc["short sequences, no mask", "threshold here"], "plain attention is never slower now"
@@ -99,6 +103,15 @@ def test_what_to_use_follows_the_rows(data):
     assert "N ≤" not in before.loc["long sequences, a pattern will do", "threshold here"]
     bits = "the same bits on every run, of PyTorch's kernels"
     assert (before.loc[bits, "use"], after.loc[bits, "use"]) == ("sdpa_flash", "sdpa_efficient")
+
+
+def test_what_never_wins_is_not_advised(data):
+    folder = data / "nvidia-h200"
+    alter(folder / "04_duels.csv", lambda rows: rows.update({"ratio": rows["ratio"] * 0 + 0.5}))
+    alter(folder / "03_race.csv", lambda rows: rows.update(rows[overview.races.OF_DEFAULT] / 10))
+    use = advised("nvidia-h200")["use"]
+    assert use["long sequences, a pattern will do"] == "fa4"
+    assert use["all pairs, causal or not"] == "what PyTorch picks"
 
 
 def test_a_threshold_names_both_runs_where_they_lie_apart():
