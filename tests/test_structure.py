@@ -12,7 +12,7 @@ import attnlib
 from attnlib import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"attnlib": 4250, "report": 2550, "notebooks": 3050}  # lines of Python that each may have
+PACKAGES = {"attnlib": 4250, "report": 2560, "notebooks": 3050}  # lines of Python that each may have
 LONGEST_FILE, MOST_LEVELS = 250, 8
 UPWARDS = {("attnlib", "report"), ("attnlib", "notebooks"), ("report", "notebooks")}  # no import goes that way
 # names that stand in more than one module, each with the reason

@@ -375,7 +375,7 @@ def test_a_driver_is_asked_by_uuid_and_may_keep_silent(monkeypatch):
 def test_points_at_the_power_limit_are_counted():
     machine = Machine("cuda", power_limit_w=700.0)
     found = at_hand.at_power_limit([679.0, 678.0, 705.5, math.nan, None], machine)
-    told = "In 2 of 3 points, bursts with rests, the GPU drew at least 97% of its power limit of 700 W"
+    told = "In 2 of 3 points, short bursts with rests between, the GPU drew at least 97% of its power limit of 700 W"
     assert found == f"{told}; a clock may sink long before that."
     assert at_hand.at_power_limit([100.0], machine) is None and at_hand.at_power_limit([], machine) is None
     assert at_hand.at_power_limit([700.0], Machine("cuda")) is None
